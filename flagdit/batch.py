@@ -1,0 +1,153 @@
+"""The one contract between data and model: many samples of any modality and size as one flat sequence.
+
+Shape legend
+    S  samples (segments) in the pack
+    T  tokens in the pack: patches and special tokens of all samples, one after the other
+    N  patch tokens of one modality in the pack
+    P  features of one patch: C·pf·ph·pw, ordered (C, pf, ph, pw)
+    M  text tokens of all samples
+    Y  width of the text features
+    A  position axes: 3, as (frame, row, column)
+
+There is no padding anywhere. Patch features of different modalities differ in width, so they live in a dict by
+modality; inside one modality they follow the order of the segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Patches = dict[str, Tensor]
+"""Patch features by modality: each (N, P), samples in segment order."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sample's identity and geometry.
+
+    Attributes:
+        sample_id: index in its data set; with the run seed and the epoch it decides noise, timestep and dropout.
+        modality: a row of `model/modality.py`.
+        shape: latent size (channels, frames or views, rows, columns).
+        key: name for people, in ledgers and errors: "shard/member".
+    """
+
+    sample_id: int
+    modality: str
+    shape: tuple[int, int, int, int]
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """Where every token of a pack stands; a pure function of the segments' shapes (see `model/tokens.py`).
+
+    Attributes:
+        cu_seqlens: (S+1,) int32, token offsets of the segments; also as Python ints in `seqlens`.
+        segment_ids: (T,) int64, the segment of each token.
+        raster_T: (T,) int64, 1D position in the sample, special tokens counted (Flag-DiT).
+        axes_TA: (T, 3) int64, (frame, row, column) position (axial RoPE).
+        patch_index: modality → (N,) int64 places of its patch tokens in the sequence.
+        patch_segment: modality → (N,) int64 segment of each patch token.
+        nextline_index, nextframe_index: places of the special tokens, int64.
+        seqlens: tokens of each segment, as Python ints (for loops that must not synchronise with a GPU).
+    """
+
+    cu_seqlens: Tensor
+    segment_ids: Tensor
+    raster_T: Tensor
+    axes_TA: Tensor
+    patch_index: dict[str, Tensor]
+    patch_segment: dict[str, Tensor]
+    nextline_index: Tensor
+    nextframe_index: Tensor
+    seqlens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.seqlens)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackLayout:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            cu_seqlens=move(self.cu_seqlens),
+            segment_ids=move(self.segment_ids),
+            raster_T=move(self.raster_T),
+            axes_TA=move(self.axes_TA),
+            patch_index={m: move(i) for m, i in self.patch_index.items()},
+            patch_segment={m: move(i) for m, i in self.patch_segment.items()},
+            nextline_index=move(self.nextline_index),
+            nextframe_index=move(self.nextframe_index),
+        )
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Text features of all samples, one after the other.
+
+    Attributes:
+        features_MY: (M, Y) encoder outputs of the valid tokens only; at least one token per sample.
+        seqlens: text tokens of each segment, as Python ints.
+    """
+
+    features_MY: Tensor
+    seqlens: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, features: Sequence[Tensor]) -> PackedText:
+        """Packs one (L, Y) tensor per sample."""
+        return cls(torch.cat(list(features)), tuple(len(f) for f in features))
+
+    def unpack(self) -> tuple[Tensor, ...]:
+        return self.features_MY.split(list(self.seqlens))
+
+    def replaced(self, where: Sequence[bool], null_LY: Tensor) -> PackedText:
+        """The same pack with the captions of the marked samples replaced by `null_LY` (caption dropout, guidance)."""
+        if not any(where):
+            return self
+        null = null_LY.to(self.features_MY)
+        return PackedText.pack([null if drop else f for drop, f in zip(where, self.unpack(), strict=True)])
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(S+1,) int32 on the features' device."""
+        ends = torch.tensor((0, *self.seqlens)).cumsum(0).to(torch.int32)
+        return ends.to(self.features_MY.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A pack: geometry, clean data and conditions of many samples.
+
+    Attributes:
+        segments: identity and geometry of the samples.
+        layout: where the tokens stand.
+        patches: clean patch features x1 by modality; empty when sampling from noise.
+        text: captions as packed encoder features, for text-conditioned models.
+        labels_S: (S,) int64 class ids, for class-conditioned models.
+        epoch: pass over the data that this pack belongs to.
+    """
+
+    segments: tuple[Segment, ...]
+    layout: PackLayout
+    patches: Patches
+    text: PackedText | None = None
+    labels_S: Tensor | None = None
+    epoch: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        return replace(
+            self,
+            layout=self.layout.to(device, non_blocking),
+            patches={m: x.to(device, non_blocking=non_blocking) for m, x in self.patches.items()},
+            text=self.text
+            and replace(self.text, features_MY=self.text.features_MY.to(device, non_blocking=non_blocking)),
+            labels_S=None if self.labels_S is None else self.labels_S.to(device, non_blocking=non_blocking),
+        )

@@ -1,0 +1,44 @@
+"""Errors that a user can act on.
+
+Each carries three parts and prints as one paragraph: what is wrong, where (recipe key, file or flag), how to fix it.
+They derive from ValueError because the user's input is at fault; our own mistakes stay `assert`s and tracebacks.
+"""
+
+
+class FlagDiTError(ValueError):
+    """Base of all errors shown to users without a traceback.
+
+    Args:
+        what: the fault, naming the value, e.g. "model.num_heads=5 must divide model.dim=512".
+        where: the recipe key, file or flag at fault; empty when `what` names it already.
+        fix: what to do about it, e.g. "try 4 or 8".
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = ""):
+        self.what, self.where, self.fix = what, where, fix
+        head = f"{where}: {what}" if where else what
+        super().__init__(f"{head.rstrip('.')}. {fix}".strip() if fix else head)
+
+    def __reduce__(self) -> tuple:
+        # Exceptions cross process boundaries (loader workers, spawned ranks); keyword arguments must survive pickling.
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(cls: type, what: str, where: str, fix: str) -> FlagDiTError:
+    return cls(what, where=where, fix=fix)
+
+
+class RecipeError(FlagDiTError):
+    """A recipe, override or command-line flag is wrong."""
+
+
+class DataError(FlagDiTError):
+    """A data set, shard, sample or source file is wrong."""
+
+
+class CheckpointError(FlagDiTError):
+    """A checkpoint or run folder cannot be read or written."""
+
+
+class LaunchError(FlagDiTError):
+    """Processes cannot be started or have died."""

