@@ -1,0 +1,111 @@
+"""The guard: a bad step never reaches weights, moments or averages, and is written down with its samples.
+
+It judges after the last backward and before the optimizer, from two numbers that are the same on every rank: the loss
+and the gradient norm of the global batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flagdit.batch import PackedBatch
+from flagdit.config.schema import GuardConfig
+from flagdit.errors import FlagDiTError
+
+
+class TrainingError(FlagDiTError):
+    """Training cannot go on with these numbers."""
+
+
+@dataclass
+class Guard:
+    """Judges steps and keeps count.
+
+    Attributes:
+        cfg: limits.
+        ledger: file that gets one JSON line per bad step.
+        bad_steps: skipped since the start of the run.
+        consecutive: skipped in a row, up to now.
+    """
+
+    cfg: GuardConfig
+    ledger: Path
+    bad_steps: int = 0
+    consecutive: int = 0
+
+    def verdict(self, loss: float, grad_norm: float) -> str | None:
+        """Why a step is bad; None for a good one."""
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"gradient norm is {grad_norm}"
+        if self.cfg.max_grad_norm and grad_norm > self.cfg.max_grad_norm:
+            return f"gradient norm {grad_norm:.4g} is above guard.max_grad_norm={self.cfg.max_grad_norm:g}"
+        return None
+
+    def accept(self) -> None:
+        self.consecutive = 0
+
+    def reject(
+        self,
+        step: int,
+        reason: str,
+        loss: float,
+        grad_norm: float,
+        batches: Sequence[PackedBatch],
+        losses: Sequence[Tensor],
+    ) -> None:
+        """Counts a bad step and writes its samples to the ledger.
+
+        Args:
+            step: steps done, this one included.
+            batches: the step's micro-batches.
+            losses: (S,) per-sample losses of each micro-batch; samples whose own loss is not finite are named as
+                suspects.
+
+        Raises:
+            TrainingError: `guard.max_consecutive` steps in a row were bad.
+        """
+        self.bad_steps += 1
+        self.consecutive += 1
+        rows = [
+            {"id": segment.sample_id, "key": segment.key, "epoch": batch.epoch, "loss": _number(value)}
+            for batch, loss_S in zip(batches, losses, strict=True)
+            for segment, value in zip(batch.segments, loss_S.tolist(), strict=True)
+        ]
+        suspects = [row["id"] for row in rows if isinstance(row["loss"], str)]
+        entry = {
+            "step": step,
+            "reason": reason,
+            "loss": _number(loss),
+            "grad_norm": _number(grad_norm),
+            "suspects": suspects,
+            "samples": rows,
+        }
+        with self.ledger.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.consecutive >= self.cfg.max_consecutive:
+            raise TrainingError(
+                f"{self.consecutive} bad steps in a row up to step {step}; the last one: {reason}",
+                where=str(self.ledger),
+                fix="The ledger names the samples. No bad step has reached the weights, and the checkpoints "
+                "are untouched. Lower optimizer.lr, mend the data, or raise guard.max_consecutive.",
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"bad_steps": self.bad_steps, "consecutive": self.consecutive}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.bad_steps, self.consecutive = state["bad_steps"], state["consecutive"]
+
+
+def _number(value: float) -> float | str:
+    # JSON has no NaN.
+    return value if math.isfinite(value) else str(value)
