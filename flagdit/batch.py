@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -151,3 +152,52 @@ class PackedBatch:
             and replace(self.text, features_MY=self.text.features_MY.to(device, non_blocking=non_blocking)),
             labels_S=None if self.labels_S is None else self.labels_S.to(device, non_blocking=non_blocking),
         )
+
+
+def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Joins packs of one epoch and one device into one; their samples keep their order."""
+    first = batches[0]
+    assert all(b.epoch == first.epoch for b in batches), "packs of different epochs"
+    assert all((b.text is None, b.labels_S is None) == (first.text is None, first.labels_S is None) for b in batches)
+    layouts = [b.layout for b in batches]
+    tokens = list(accumulate((len(x.segment_ids) for x in layouts), initial=0))[:-1]
+    samples = list(accumulate((len(x.seqlens) for x in layouts), initial=0))[:-1]
+    modalities = list(dict.fromkeys(m for x in layouts for m in x.patch_index))
+
+    def join(tensors: Sequence[Tensor], shifts: Sequence[int] | None = None) -> Tensor:
+        return torch.cat([x + s for x, s in zip(tensors, shifts, strict=True)] if shifts else list(tensors))
+
+    def join_by_modality(dicts: Sequence[dict[str, Tensor]], shifts: Sequence[int] | None = None) -> dict[str, Tensor]:
+        joined = {}
+        for m in modalities:
+            having = [i for i, d in enumerate(dicts) if m in d]
+            if having:
+                joined[m] = join([dicts[i][m] for i in having], shifts and [shifts[i] for i in having])
+        return joined
+
+    layout = replace(
+        first.layout,
+        cu_seqlens=torch.cat(
+            [first.layout.cu_seqlens[:1], *[x.cu_seqlens[1:] + o for x, o in zip(layouts, tokens, strict=True)]]
+        ),
+        segment_ids=join([x.segment_ids for x in layouts], samples),
+        raster_T=join([x.raster_T for x in layouts]),
+        axes_TA=join([x.axes_TA for x in layouts]),
+        patch_index=join_by_modality([x.patch_index for x in layouts], tokens),
+        patch_segment=join_by_modality([x.patch_segment for x in layouts], samples),
+        nextline_index=join([x.nextline_index for x in layouts], tokens),
+        nextframe_index=join([x.nextframe_index for x in layouts], tokens),
+        seqlens=tuple(n for x in layouts for n in x.seqlens),
+    )
+    texts = [b.text for b in batches if b.text is not None]
+    labels = [b.labels_S for b in batches if b.labels_S is not None]
+    return PackedBatch(
+        segments=tuple(s for b in batches for s in b.segments),
+        layout=layout,
+        patches=join_by_modality([b.patches for b in batches]),
+        text=PackedText(torch.cat([x.features_MY for x in texts]), tuple(n for x in texts for n in x.seqlens))
+        if texts
+        else None,
+        labels_S=torch.cat(labels) if labels else None,
+        epoch=first.epoch,
+    )
