@@ -32,14 +32,22 @@ def block(cls: type) -> Any:
 class ModelConfig:
     """The Flag-DiT: its size and its variants (arXiv 2405.05945, section 2; Next-DiT: arXiv 2406.18583)."""
 
-    size: Optional[str] = key(None, "Named size of model/sizes.py (5b, next_2b, …) that sets the shape; null: as given here.")
-    block: str = key("flag", "flag: adaLN shift/scale/gate; next: sandwich norms and tanh gates.", choices=("flag", "next"))
+    size: Optional[str] = key(
+        None, "Named size of model/sizes.py (5b, next_2b, …) that sets the shape; null: as given here."
+    )
+    block: str = key(
+        "flag", "flag: adaLN shift/scale/gate; next: sandwich norms and tanh gates.", choices=("flag", "next")
+    )
     dim: int = key(512, "Width of the residual stream, in channels.", at_least=1)
     num_layers: int = key(8, "Transformer blocks.", at_least=1)
     num_heads: int = key(8, "Query heads.", at_least=1)
-    num_kv_heads: Optional[int] = key(None, "Key/value heads (grouped-query attention); null: as many as query heads.", at_least=1)
+    num_kv_heads: Optional[int] = key(
+        None, "Key/value heads (grouped-query attention); null: as many as query heads.", at_least=1
+    )
     ffn_dim: Optional[int] = key(None, "Hidden width of the SwiGLU; null: 8/3 of dim, rounded up to 256.", at_least=1)
-    cond_dim: Optional[int] = key(None, "Width of the conditioning vector; null: min(dim, 1024) as the official code.", at_least=1)
+    cond_dim: Optional[int] = key(
+        None, "Width of the conditioning vector; null: min(dim, 1024) as the official code.", at_least=1
+    )
     modalities: dict[str, int] = key({"image": 4}, "Modality → latent channels; each gets its own stem and head.")
     patch_size: int = key(2, "Rows and columns of latent per token.", at_least=1)
     text_dim: int = key(384, "Width of the text features; 0: no text.", at_least=0)
@@ -50,12 +58,18 @@ class ModelConfig:
         choices=("rms", "layer", "none"),
     )
     norm_eps: float = key(1e-5, "Epsilon of every norm but the final one.", at_least=0)
-    rope: str = key("axial", "raster: 1D over the sequence (Flag-DiT); axial: pairs shared among axes.", choices=("raster", "axial"))
+    rope: str = key(
+        "axial", "raster: 1D over the sequence (Flag-DiT); axial: pairs shared among axes.", choices=("raster", "axial")
+    )
     rope_axes: int = key(2, "Axes of axial RoPE: 2 (row, column) or 3 (frame, row, column).", at_least=1)
     rope_theta: float = key(10000.0, "Base of the RoPE frequencies.", at_least=1)
     nextline: bool = key(True, "Append a learned [nextline] token to every row.")
-    nextframe: bool = key(True, "Append a learned [nextframe] token to every frame of modalities that have frames or views.")
-    time_scale: float = key(1000.0, "Factor on t in [0, 1] before the sinusoid; 1 for official checkpoints.", at_least=0)
+    nextframe: bool = key(
+        True, "Append a learned [nextframe] token to every frame of modalities that have frames or views."
+    )
+    time_scale: float = key(
+        1000.0, "Factor on t in [0, 1] before the sinusoid; 1 for official checkpoints.", at_least=0
+    )
     learn_sigma: bool = key(False, "Double the output and drop the second half (official checkpoints only).")
     checkpointing: str = key(
         "none",
@@ -72,18 +86,32 @@ class FlowConfig:
     timesteps: str = key("logit_normal", "Law of t: uniform or logit_normal.", choices=("uniform", "logit_normal"))
     logit_mean: float = key(0.0, "Mean of logit(t); t = 1 is data, so a negative mean trains more on noise.")
     logit_std: float = key(1.0, "Standard deviation of logit(t).", at_least=0)
-    shift: float = key(1.0, "Shift s of t ← t/(t+s−s·t) at `shift_tokens` tokens; more than 1 moves towards noise.", at_least=0)
-    shift_tokens: int = key(0, "Tokens at which `shift` holds; it grows with √tokens. 0: the same for every size.", at_least=0)
-    weighting: str = key("none", "Per-sample weight of the loss: none, or snr: 1/(1−t) clipped to 5.", choices=("none", "snr"))
-    token_weighting: str = key("sample", "sample: every sample counts alike; token: every token counts alike.", choices=("sample", "token"))
-    caption_dropout: float = key(0.1, "Share of samples trained without their caption or class (for guidance).", at_least=0)
+    shift: float = key(
+        1.0, "Shift s of t ← t/(t+s−s·t) at `shift_tokens` tokens; more than 1 moves towards noise.", at_least=0
+    )
+    shift_tokens: int = key(
+        0, "Tokens at which `shift` holds; it grows with √tokens. 0: the same for every size.", at_least=0
+    )
+    weighting: str = key(
+        "none", "Per-sample weight of the loss: none, or snr: 1/(1−t) clipped to 5.", choices=("none", "snr")
+    )
+    token_weighting: str = key(
+        "sample", "sample: every sample counts alike; token: every token counts alike.", choices=("sample", "token")
+    )
+    caption_dropout: float = key(
+        0.1, "Share of samples trained without their caption or class (for guidance).", at_least=0
+    )
 
 
 @dataclass(frozen=True)
 class CodecConfig:
     """Pixels to latents and back."""
 
-    kind: str = key("pixels", "pixels; haar or dct: invertible transforms; diffusers: an autoencoder folder.", choices=("pixels", "haar", "dct", "diffusers"))
+    kind: str = key(
+        "pixels",
+        "pixels; haar or dct: invertible transforms; diffusers: an autoencoder folder.",
+        choices=("pixels", "haar", "dct", "diffusers"),
+    )
     path: Optional[str] = key(None, "Local folder of the diffusers autoencoder.")
     factor: int = key(2, "Downscaling of the haar and dct codecs: 2, 4 or 8 pixels per latent.", at_least=1)
 
@@ -92,7 +120,11 @@ class CodecConfig:
 class TextConfig:
     """The text encoder."""
 
-    kind: str = key("embedded", "embedded: the small encoder of an installed package; transformers: a local folder.", choices=("embedded", "transformers"))
+    kind: str = key(
+        "embedded",
+        "embedded: the small encoder of an installed package; transformers: a local folder.",
+        choices=("embedded", "transformers"),
+    )
     path: Optional[str] = key(None, "Local folder of the transformers model and tokenizer.")
     max_length: int = key(64, "Longest caption, in tokens; longer ones are cut.", at_least=1)
     prompt_template: str = key("{}", "Text around every caption and prompt; {} is the caption.")
@@ -119,7 +151,11 @@ class OptimizerConfig:
     betas: Numbers = key([0.9, 0.95], "AdamW's two decay rates.")
     eps: float = key(1e-8, "AdamW's epsilon.", at_least=0)
     weight_decay: float = key(0.0, "Decoupled weight decay of matrices; vectors have none.", at_least=0)
-    schedule: str = key("constant", "After warm-up: constant, cosine, or wsd (constant, then linear decay).", choices=("constant", "cosine", "wsd"))
+    schedule: str = key(
+        "constant",
+        "After warm-up: constant, cosine, or wsd (constant, then linear decay).",
+        choices=("constant", "cosine", "wsd"),
+    )
     warmup_steps: int = key(100, "Steps of linear warm-up.", at_least=0)
     decay_steps: int = key(0, "Last steps in which wsd decays.", at_least=0)
     final_lr: float = key(0.0, "Share of the peak at the end of cosine and wsd.", at_least=0)
@@ -130,7 +166,9 @@ class OptimizerConfig:
 class GuardConfig:
     """What happens when a step is bad."""
 
-    max_grad_norm: float = key(0.0, "Gradient norm above which a step is skipped; 0: only non-finite steps are.", at_least=0)
+    max_grad_norm: float = key(
+        0.0, "Gradient norm above which a step is skipped; 0: only non-finite steps are.", at_least=0
+    )
     max_consecutive: int = key(10, "Skipped steps in a row that stop the run.", at_least=1)
 
 
@@ -140,7 +178,9 @@ class TrainConfig:
 
     steps: int = key(1000, "Optimizer steps of the run.", at_least=1)
     accumulation: int = key(1, "Micro-batches per optimizer step; divides data.batch_size.", at_least=1)
-    precision: str = key("fp32", "Parameters and activations: fp32, or bf16 with fp32 master weights.", choices=("fp32", "bf16"))
+    precision: str = key(
+        "fp32", "Parameters and activations: fp32, or bf16 with fp32 master weights.", choices=("fp32", "bf16")
+    )
     device: str = key("auto", "auto: cuda where there is one; cpu or cuda.", choices=("auto", "cpu", "cuda"))
     compile: bool = key(False, "Compile the blocks with torch.compile.")
     deterministic: bool = key(False, "Ask torch for deterministic algorithms (slower on GPU).")
@@ -169,7 +209,11 @@ class SampleConfig:
     modality: str = key("image", "Modality to sample.")
     size: str = key("256x256", "WIDTHxHEIGHT in pixels.")
     frames: int = key(1, "Frames or views.", at_least=1)
-    solver: str = key("euler", "euler, midpoint, heun, rk4, or dopri5 (adaptive).", choices=("euler", "midpoint", "heun", "rk4", "dopri5"))
+    solver: str = key(
+        "euler",
+        "euler, midpoint, heun, rk4, or dopri5 (adaptive).",
+        choices=("euler", "midpoint", "heun", "rk4", "dopri5"),
+    )
     steps: int = key(60, "Solver steps (intervals); ignored by dopri5.", at_least=1)
     shift: float = key(1.0, "Shift of the time grid towards noise.", at_least=0)
     guidance: float = key(4.0, "Classifier-free guidance scale; 1: off.", at_least=0)
@@ -193,8 +237,12 @@ class LogConfig:
     """What people watch."""
 
     wandb_project: Optional[str] = key(None, "Weights & Biases project; null: no wandb.")
-    wandb_mode: str = key("offline", "offline: kept in the run folder for `wandb sync`; online.", choices=("offline", "online"))
-    peak_tflops: float = key(0.0, "Peak TFLOP/s of one device, for MFU; 0: known GPUs by name, else no MFU.", at_least=0)
+    wandb_mode: str = key(
+        "offline", "offline: kept in the run folder for `wandb sync`; online.", choices=("offline", "online")
+    )
+    peak_tflops: float = key(
+        0.0, "Peak TFLOP/s of one device, for MFU; 0: known GPUs by name, else no MFU.", at_least=0
+    )
 
 
 @dataclass(frozen=True)
