@@ -1,0 +1,218 @@
+"""The run folder: what is in it, who may write to it, and whether a recipe may continue it.
+
+runs/NAME/
+    recipe.yaml         the resolved recipe
+    metrics.jsonl       one JSON object a line: training lines and validation lines, by step
+    ledger.jsonl        one JSON object per bad step, with its samples
+    environment.jsonl   one JSON object per start: versions, hardware, command line
+    checkpoints/        step_00001000/ …
+    samples/            step_00001000.png … picture grids
+    wandb/              offline files for `wandb sync`
+    report.html         the page about the run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flagdit.config.load import load_recipe, save_recipe
+from flagdit.config.schema import Recipe
+from flagdit.errors import CheckpointError, RecipeError
+
+FREE_KEYS = (
+    "name",
+    "run_dir",
+    "model.checkpointing",
+    "model.checkpoint_every",
+    "data.workers",
+    "data.prefetch",
+    "data.max_bad_samples",
+    "train.steps",
+    "train.accumulation",
+    "train.device",
+    "train.compile",
+    "train.deterministic",
+    "train.log_every",
+    "guard.",
+    "validation.",
+    "sample.",
+    "checkpoint.",
+    "log.",
+)
+"""Keys that may change when a run is continued: they decide how long and where it trains, and what is watched and kept.
+A name with a dot at its end stands for the whole block."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def sample_grid(self, step: int) -> Path:
+        return self.samples / f"step_{step:08d}.png"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and keeps every other training process out of it.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or another process trains in it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((self.path / ".lock").open("w"))
+            except OSError as error:
+                raise CheckpointError(
+                    f"the run folder cannot be written: {error.strerror}",
+                    where=str(self.path),
+                    fix="Choose another folder with run_dir=… or name=….",
+                ) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    "another process is training in this run folder",
+                    where=str(self.path),
+                    fix="Wait for it, stop it, or choose another folder with name=….",
+                ) from None
+            yield
+
+    def check(self, recipe: Recipe) -> None:
+        """Whether this recipe may continue what is in the folder. Reads only.
+
+        Raises:
+            RecipeError: keys differ that make it another run; all of them are listed.
+            CheckpointError: the folder holds something that is not a run.
+        """
+        if self.recipe.exists():
+            theirs, ours = flatten(load_recipe(str(self.recipe), [])), flatten(recipe)
+            changed = [key for key in ours if not free(key) and ours[key] != theirs[key]]
+            if changed:
+                listed = "; ".join(f"{key} is {theirs[key]} in the run and {ours[key]} now" for key in changed)
+                raise RecipeError(
+                    f"another run is in this folder: {listed}",
+                    where=str(self.path),
+                    fix="Set these keys back to continue it, give the new run another name with name=…, or remove the "
+                    "folder to start afresh.",
+                )
+        elif found := sorted(p.name for p in self.path.iterdir() if p.name != ".lock"):
+            raise CheckpointError(
+                f"the folder holds files but no recipe.yaml, so it is not a run ({', '.join(found[:3])})",
+                where=str(self.path),
+                fix="Choose another folder with name=… or run_dir=….",
+            )
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Saves the resolved recipe; a kill leaves the old file or the new one."""
+        staged = self.recipe.with_suffix(".tmp")
+        save_recipe(recipe, staged)
+        os.replace(staged, self.recipe)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged past `step`, so that a continued run has every step once."""
+        for file in (self.metrics, self.ledger):
+            if file.exists():
+                lines = [json.dumps(line) for line in read_lines(file) if line["step"] <= step]
+                write_atomically(file, "".join(f"{line}\n" for line in lines))
+        for grid in self.samples.glob("step_*.png"):
+            if int(grid.stem.removeprefix("step_")) > step:
+                grid.unlink()
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as dotted key → value."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{f.name}.")
+            else:
+                yield prefix + f.name, value
+
+    return dict(walk(recipe, ""))
+
+
+def free(key: str) -> bool:
+    """Whether a key may change when a run is continued."""
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Names a run by the keys that may not change."""
+    fixed = {key: value for key, value in flatten(recipe).items() if not free(key)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log, one per line; a last line that a kill cut short is left out.
+
+    Raises:
+        CheckpointError: a line before the last is damaged.
+    """
+    lines = file.read_text().splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise CheckpointError(
+                    f"line {number} is damaged: {error.msg}", where=str(file), fix="Remove the line to read the rest."
+                ) from error
+    return found
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """Adds one JSON object to a log."""
+    with file.open("a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replaces a file: a crash leaves the old content or the new one."""
+    staged = file.with_name(file.name + ".tmp")
+    with staged.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(staged, file)
