@@ -201,7 +201,7 @@ def pack(
         DataError: counts or shapes disagree, or a size is not a multiple of the patch.
     """
     count = len(segments)
-    given: dict[str, Sized | None] = {"captions": text and text.seqlens, "labels": labels, "latents": latents}
+    given: dict[str, Sized | None] = {"captions": text.seqlens if text else None, "labels": labels, "latents": latents}
     for name, values in given.items():
         if values is not None and len(values) != count:
             raise DataError(f"{len(values)} {name} for {count} samples")
