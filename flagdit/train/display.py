@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 
 class Display(Protocol):
@@ -78,14 +79,15 @@ class TerminalDisplay:
 
     def __init__(self, console: Console) -> None:
         self._clock = Clock()
+        whole = Column(no_wrap=True)
         self._bar = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("[dim]left {task.fields[left]}"),
+            TextColumn("[bold]train", table_column=whole),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("[dim]left {task.fields[left]}", table_column=whole),
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True)),
             console=console,
+            expand=True,
         )
 
     def start(self, step: int, steps: int) -> None:

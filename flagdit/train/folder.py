@@ -151,8 +151,7 @@ class RunFolder:
         """Drops what was logged past `step`, so that a continued run has every step once."""
         for file in (self.metrics, self.ledger):
             if file.exists():
-                lines = [json.dumps(line) for line in read_lines(file) if line["step"] <= step]
-                write_atomically(file, "".join(f"{line}\n" for line in lines))
+                write_lines(file, [line for line in read_lines(file) if line["step"] <= step])
         for grid in self.samples.glob("step_*.png"):
             if int(grid.stem.removeprefix("step_")) > step:
                 grid.unlink()
@@ -200,6 +199,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
                     f"line {number} is damaged: {error.msg}", where=str(file), fix="Remove the line to read the rest."
                 ) from error
     return found
+
+
+def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a log."""
+    write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:

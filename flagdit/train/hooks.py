@@ -1,0 +1,88 @@
+"""What happens around the steps: logs, validation, sample grids, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from flagdit.train.metrics import StepResult
+from flagdit.train.run import Run
+from flagdit.train.samples import SampleGrids
+from flagdit.train.validation import HeldOut
+
+
+class Hook(Protocol):
+    """Called after every step, good or bad, in the order of the list that `hooks_of` makes."""
+
+    def after_step(self, run: Run, result: StepResult) -> None: ...
+
+
+class LogMetrics:
+    """Measures every step; writes and shows a line every `train.log_every` steps and at the last one."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        now = time.perf_counter()
+        run.meter.add(result, now - self._since)
+        self._since = now
+        run.display.advance(result.step)
+        if result.bad is not None:
+            run.display.note(f"step {result.step} skipped: {result.bad}; samples in {run.folder.ledger}")
+        if due(result.step, run.recipe.train.log_every) or result.step == run.recipe.train.steps:
+            line = run.meter.line(result, run.guard.bad_steps)
+            run.log(line)
+            run.display.metrics(line)
+
+
+class Validate:
+    """Held-out loss every `validation.every` steps and at the last one, from the first average."""
+
+    def __init__(self, run: Run):
+        self._held_out = HeldOut(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if due(result.step, run.recipe.validation.every) or result.step == run.recipe.train.steps:
+            line = self._held_out.measure(run)
+            run.log(line)
+            run.display.note(f"step {result.step}  held-out loss {line['val_loss']:.4f} ({line['val_weights']})")
+
+
+class Sample:
+    """A picture grid every `sample.every` steps and at the last one."""
+
+    def __init__(self, run: Run):
+        self._grids = SampleGrids(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if due(result.step, run.recipe.sample.every) or result.step == run.recipe.train.steps:
+            file = self._grids.draw(run)
+            run.display.note(f"step {result.step}  samples in {file}")
+            if run.wandb:
+                run.wandb.picture(file, result.step, caption=" · ".join(run.recipe.sample.prompts))
+
+
+class SaveCheckpoint:
+    """A checkpoint every `checkpoint.every` steps and at the last one. Comes last, to hold what others did."""
+
+    def __init__(self, run: Run):
+        self._saved = run.step
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if due(result.step, run.recipe.checkpoint.every) or result.step == run.recipe.train.steps:
+            self.save(run)
+
+    def save(self, run: Run) -> None:
+        """Saves this step, unless it is saved already."""
+        if run.step == self._saved:
+            return
+        began = time.perf_counter()
+        run.save()
+        self._saved = run.step
+        run.display.note(f"step {run.step}  checkpoint saved in {time.perf_counter() - began:.1f} s")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0: never."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,141 @@
+"""What a run is made of, and how its state is saved and taken back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagdit.checkpoint import store
+from flagdit.config.schema import ModelConfig, Recipe
+from flagdit.data_pipelines.index import Dataset
+from flagdit.errors import CheckpointError, RecipeError
+from flagdit.flow.objective import FlowMatching
+from flagdit.model.flag_dit import FlagDiT, initialize
+from flagdit.model.sizes import resolve
+from flagdit.train.display import Display
+from flagdit.train.ema import Emas
+from flagdit.train.folder import RunFolder, append_line, recipe_hash
+from flagdit.train.guard import Guard
+from flagdit.train.metrics import Meter, peak_tflops
+from flagdit.train.optim import Engine, LocalEngine, Tensors
+from flagdit.train.wandb_log import WandbLog
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """Everything that a step and the hooks touch.
+
+    Attributes:
+        model_config: the model's shape with its named size applied.
+        null_text_LY: features of the empty caption; None for models without text.
+        step: optimizer steps done, skipped ones included; also the number of the next global batch.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    model_config: ModelConfig
+    engine: Engine
+    emas: Emas
+    objective: FlowMatching
+    null_text_LY: Tensor | None
+    guard: Guard
+    meter: Meter
+    display: Display
+    wandb: WandbLog | None = None
+    step: int = 0
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Writes a line to metrics.jsonl and, where it is on, to wandb."""
+        append_line(self.folder.metrics, line)
+        if self.wandb:
+            self.wandb.metrics(line)
+
+    def averaged(self, index: int) -> tuple[str, Tensors]:
+        """The weights to look at, with their name: an average by its place in train.ema_decays, or the raw ones for -1
+        and for runs without averages."""
+        if index < 0 or not self.emas:
+            return "raw weights", self.engine.weights()
+        return self.emas.group(index), self.emas[index]
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step, then removes the oldest beyond checkpoint.keep.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are as they were.
+        """
+        state = {
+            "batch": self.step,
+            "recipe": recipe_hash(self.recipe),
+            "guard": self.guard.state(),
+            "meter": self.meter.state(),
+        }
+        store.save(self.folder.path, self.step, {**self.engine.state(), **self.emas.state()}, state)
+        store.retention(self.folder.path, self.recipe.checkpoint.keep)
+
+    def restore(self, checkpoint: store.Checkpoint) -> None:
+        """Takes back what `save` wrote.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another recipe.
+        """
+        if checkpoint.state["recipe"] != recipe_hash(self.recipe):
+            raise CheckpointError(
+                "the checkpoint was made with another recipe than the run folder's recipe.yaml",
+                where=str(self.folder.path),
+                fix="Restore the recipe.yaml that belongs to these checkpoints.",
+            )
+        self.engine.load(checkpoint.tensors)
+        self.emas.load(checkpoint.tensors)
+        self.guard.load(checkpoint.state["guard"])
+        self.meter.load(checkpoint.state["meter"])
+        self.step = checkpoint.state["batch"]
+
+
+def build(recipe: Recipe, folder: RunFolder, display: Display) -> Run:
+    """A run at step 0.
+
+    Raises:
+        RecipeError: the device is not there.
+        DataError: the data set cannot be opened.
+    """
+    device = device_of(recipe)
+    dataset = Dataset.open(recipe.data.path)
+    model_config = resolve(recipe.model)
+    model = FlagDiT(model_config)
+    initialize(model, recipe.seed)
+    engine = LocalEngine(model, recipe.optimizer, device, DTYPES[recipe.train.precision])
+    if recipe.train.compile:
+        for block in model.blocks:
+            block.compile()
+    return Run(
+        recipe=recipe,
+        folder=folder,
+        model_config=model_config,
+        engine=engine,
+        emas=Emas(engine.weights(), recipe.train.ema_decays, recipe.train.ema_warmup),
+        objective=FlowMatching(recipe.flow),
+        null_text_LY=dataset.null_text if recipe.model.text_dim else None,
+        guard=Guard(recipe.guard, folder.ledger),
+        meter=Meter(peak_tflops(device, recipe.log.peak_tflops)),
+        display=display,
+    )
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device that the recipe asks for.
+
+    Raises:
+        RecipeError: cuda is asked for and torch sees none.
+    """
+    there = torch.cuda.is_available()
+    if recipe.train.device == "cuda" and not there:
+        raise RecipeError(
+            "train.device=cuda, but torch sees no CUDA device",
+            fix="Use train.device=auto or cpu, or install the torch build of your CUDA version.",
+        )
+    return torch.device("cpu" if recipe.train.device == "cpu" or not there else "cuda")

@@ -1,0 +1,49 @@
+"""Stopping politely: the first SIGINT or SIGTERM lets the step end and saves, the second leaves at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Stop:
+    """Whether somebody asked the run to stop.
+
+    Attributes:
+        signal: number of the signal that came; None so far.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            # A progress bar may have hidden the cursor; nothing else is worth the wait.
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)
+            os._exit(128 + number)
+        self.signal = number
+        text = f"\n{signal.Signals(number).name}: saving after this step; once more leaves at once\n"
+        os.write(2, text.encode())
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Catches SIGINT and SIGTERM as long as the context lasts. Outside the main thread, where Python cannot, it does
+    nothing."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

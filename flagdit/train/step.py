@@ -1,0 +1,82 @@
+"""One optimizer step: micro-batches, then the guard, then the optimizer and the averages.
+
+The loss of every micro-batch is divided by the count of the global batch, so the numbers do not depend on how the batch
+is split into micro-batches or over ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flagdit.batch import PackedBatch, Patches
+from flagdit.flow.noise import draw_noise
+from flagdit.flow.objective import drop_conditions
+from flagdit.flow.timesteps import draw_timesteps
+from flagdit.model.flops import training_flops
+from flagdit.train.metrics import StepResult
+from flagdit.train.run import Run
+from flagdit.train.schedule import learning_rate
+
+
+def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepResult:
+    """Trains on one global batch and moves `run.step` on by one, whether the step was good or bad.
+
+    Args:
+        run: what is trained.
+        batches: the step's micro-batches, on the CPU.
+        since: `time.perf_counter()` when the wait for the batches began.
+
+    Raises:
+        TrainingError: too many bad steps in a row.
+    """
+    recipe, engine = run.recipe, run.engine
+    lr = learning_rate(run.step, recipe.optimizer, recipe.train.steps)
+    count = engine.total(torch.tensor(float(sum(run.objective.count(batch) for batch in batches)))).item()
+
+    total = torch.zeros((), device=engine.device)
+    per_sample: list[Tensor] = []
+    for batch in batches:
+        batch, noise, t_S = draw(run, batch)
+        loss = run.objective.loss(engine.model, batch, noise, t_S, denominator=count)
+        engine.backward(loss.total)
+        total += loss.total.detach()
+        per_sample.append(loss.per_sample_S)
+
+    mean, norm = torch.stack([engine.total(total), engine.grad_norm().to(total)]).tolist()
+    bad = run.guard.verdict(mean, norm)
+    if bad is None:
+        engine.step(lr)
+        run.emas.update(run.step)
+        run.guard.accept()
+    else:
+        engine.discard()
+        run.guard.reject(run.step + 1, bad, mean, norm, batches, per_sample)
+    run.step += 1
+    return StepResult(
+        step=run.step,
+        loss=mean,
+        grad_norm=norm,
+        lr=lr,
+        samples=sum(len(batch.segments) for batch in batches),
+        tokens=sum(batch.layout.num_tokens for batch in batches),
+        flops=sum(training_flops(run.model_config, batch) for batch in batches),
+        seconds=time.perf_counter() - since,
+        bad=bad,
+    )
+
+
+def draw(run: Run, batch: PackedBatch) -> tuple[PackedBatch, Patches, Tensor]:
+    """A batch on the engine's device with its noise, its times, and some of its conditions dropped.
+
+    All three are functions of the run's seed and the samples' ids, never of a generator's state.
+    """
+    recipe = run.recipe
+    batch = batch.to(run.engine.device)
+    batch = drop_conditions(
+        batch, recipe.flow, recipe.seed, null_text_LY=run.null_text_LY, null_label=recipe.model.num_classes
+    )
+    return batch, draw_noise(batch, recipe.seed), draw_timesteps(batch, recipe.flow, recipe.seed)
