@@ -48,7 +48,7 @@ class ModelConfig:
     cond_dim: Optional[int] = key(
         None, "Width of the conditioning vector; null: min(dim, 1024) as the official code.", at_least=1
     )
-    modalities: dict[str, int] = key({"image": 4}, "Modality → latent channels; each gets its own stem and head.")
+    modalities: dict[str, int] = key({"image": 3}, "Modality → latent channels; each gets its own stem and head.")
     patch_size: int = key(2, "Rows and columns of latent per token.", at_least=1)
     text_dim: int = key(384, "Width of the text features; 0: no text.", at_least=0)
     num_classes: int = key(0, "Classes of a class-conditional model; 0: none. Excludes text.", at_least=0)

@@ -1,191 +1,357 @@
-"""Rules that a recipe must keep, beyond types: allowed values, and keys that must fit each other.
+"""What a recipe must satisfy beyond types: ranges and choices of single keys, and rules across keys.
 
-Each rule is a small function that yields problems, so that a recipe's problems are reported all at once. Rules that
-need to know a model size or a data set stand with those (`model/sizes.py`, `data_pipelines/`).
+Each rule is a small function that yields the problems it sees; the table RULES at the end lists them all. Rules that
+need to know a model size, a data set, a folder or the machine live where those are known.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from flagdit.config.keys import all_keys, flatten, nearest
 from flagdit.config.schema import Recipe
 from flagdit.errors import RecipeError
 
+COLOURS = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a recipe.
+
+    Attributes:
+        keys: the dotted keys at fault, the first one most.
+        text: what is wrong and what to do, as one sentence without its full stop.
+        where: file and line that gave the key, when known.
+    """
+
+    keys: tuple[str, ...]
+    text: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.where})" if self.where else self.text
+
 
 def validate(recipe: Recipe) -> None:
-    """Checks a whole recipe.
+    """Checks a recipe as a whole.
 
     Raises:
-        RecipeError: lists every problem.
+        RecipeError: lists every problem, one a line.
     """
-    problems = problems_of(recipe)
+    raise_problems(problems_of(recipe), recipe.name)
+
+
+def problems_of(recipe: Recipe) -> list[Problem]:
+    """All problems of a recipe whose types are right."""
+    single = list(_single_keys(recipe))
+    # A rule across keys has nothing to say about a value that is already wrong by itself.
+    wrong = {key for problem in single for key in problem.keys}
+    crossed = [problem for rule in RULES for problem in rule(recipe) if not wrong.intersection(problem.keys)]
+    return single + crossed
+
+
+def raise_problems(problems: list[Problem], name: str) -> None:
+    """Raises one RecipeError for all problems, if there are any."""
+    if len(problems) == 1:
+        raise RecipeError(str(problems[0]))
     if problems:
-        raise RecipeError("\n".join(problems), where="recipe")
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise RecipeError(f"recipe {name} has {len(problems)} problems:{lines}")
 
 
-def problems_of(recipe: Recipe) -> list[str]:
-    """Every broken rule, each with the key, its value and what to do."""
-    problems = list(_values(recipe, ""))
-    for rule in RULES:
-        problems += rule(recipe)
-    return problems
+def parse_size(size: str) -> tuple[int, int]:
+    """'WIDTHxHEIGHT' → (width, height) in pixels.
+
+    Raises:
+        RecipeError: another format.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", size.strip())
+    if not match:
+        raise RecipeError(f"{size!r} is not a size", fix="Write WIDTHxHEIGHT in pixels, for example 48x32.")
+    return int(match[1]), int(match[2])
 
 
-def nearest(value: int, allowed: list[int]) -> str:
-    """The closest allowed values below and above, for messages: "4 or 8"."""
-    below, above = [a for a in allowed if a < value], [a for a in allowed if a > value]
-    return " or ".join(str(a) for a in (below[-1:] + above[:1])) or "another value"
+def _single_keys(recipe: Recipe) -> Iterator[Problem]:
+    values = flatten(recipe)
+    for key in all_keys().values():
+        value = values[key.name]
+        if value is None:
+            continue
+        if key.choices and value not in key.choices:
+            meant = nearest(value, key.choices)
+            fix = f"did you mean {meant}" if meant else f"use {_either(key.choices)}"
+            yield Problem((key.name,), f"{key.name}={value} is not one of {', '.join(key.choices)}; {fix}")
+        numbers = value if key.type == list[float] else [value] if key.type in (int, float) else []
+        for number in numbers:
+            if not math.isfinite(number):
+                yield Problem((key.name,), f"{key.name}={number} must be finite")
+            elif key.at_least is not None and number < key.at_least:
+                yield Problem((key.name,), f"{key.name}={number} must be at least {key.at_least:g}")
+
+
+def _heads(recipe: Recipe) -> Iterator[Problem]:
+    m = recipe.model
+    if m.size is not None:
+        return  # the size's own shape counts
+    if m.dim % m.num_heads:
+        good = [h for h in divisors(m.dim) if not (m.dim // h) % 2]
+        yield Problem(
+            ("model.num_heads", "model.dim"),
+            f"model.num_heads={m.num_heads} must divide model.dim={m.dim}; {_try(m.num_heads, good)}",
+        )
+        return
+    heads = m.num_kv_heads or m.num_heads
+    if m.num_heads % heads:
+        yield Problem(
+            ("model.num_kv_heads", "model.num_heads"),
+            f"model.num_kv_heads={heads} must divide model.num_heads={m.num_heads}; "
+            f"{_try(heads, divisors(m.num_heads))}",
+        )
+    # RoPE turns pairs of channels, and each axis needs a pair of its own.
+    axes = m.rope_axes if m.rope == "axial" else 1
+    width = m.dim // m.num_heads
+    if width % 2 or width < 2 * axes:
+        good = [h for h in divisors(m.dim) if not (m.dim // h) % 2 and m.dim // h >= 2 * axes]
+        yield Problem(
+            ("model.num_heads", "model.dim", "model.rope", "model.rope_axes"),
+            f"model.dim={m.dim} with model.num_heads={m.num_heads} gives heads of {width} channels, but model.rope="
+            f"{m.rope} turns pairs of channels, at least {axes}; "
+            + (_try(m.num_heads, good) + " heads" if good else f"make model.dim a multiple of {2 * axes}"),
+        )
+
+
+def _rope_axes(recipe: Recipe) -> Iterator[Problem]:
+    m = recipe.model
+    if m.rope == "axial" and m.rope_axes not in (2, 3):
+        yield Problem(
+            ("model.rope_axes",), f"model.rope_axes={m.rope_axes} must be 2 (row, column) or 3 (frame, row, column)"
+        )
+    if m.rope == "raster" and m.rope_axes != 2:
+        yield Problem(
+            ("model.rope_axes", "model.rope"),
+            f"model.rope_axes={m.rope_axes} has no effect with model.rope=raster; remove it or set model.rope=axial",
+        )
+
+
+def _conditions(recipe: Recipe) -> Iterator[Problem]:
+    m = recipe.model
+    if m.text_dim and m.num_classes:
+        yield Problem(
+            ("model.num_classes", "model.text_dim"),
+            f"model.num_classes={m.num_classes} and model.text_dim={m.text_dim} exclude each other; "
+            "set model.text_dim=0 for a class-conditional model or model.num_classes=0 for a text-conditioned one",
+        )
+    elif m.num_classes:
+        for prompt in recipe.sample.prompts:
+            if not (prompt.isdecimal() and int(prompt) < m.num_classes):
+                yield Problem(
+                    ("sample.prompts", "model.num_classes"),
+                    f"sample.prompts holds {prompt!r}, but the prompts of a class-conditional model are class ids from "
+                    f"0 to {m.num_classes - 1}",
+                )
+    drop = recipe.flow.caption_dropout
+    if not 0 <= drop < 1:
+        yield Problem(("flow.caption_dropout",), f"flow.caption_dropout={drop:g} must be a share from 0 to below 1")
+
+
+def _modalities(recipe: Recipe) -> Iterator[Problem]:
+    modalities = recipe.model.modalities
+    if not modalities:
+        yield Problem(("model.modalities",), "model.modalities is empty; name at least one, as {image: 4}")
+        return
+    for name, channels in modalities.items():
+        if channels < 1:
+            yield Problem(("model.modalities",), f"model.modalities.{name}={channels} must be at least 1 channel")
+    asked = recipe.sample.modality
+    if asked not in modalities:
+        meant = nearest(asked, modalities) or next(iter(modalities))
+        yield Problem(
+            ("sample.modality", "model.modalities"),
+            f"sample.modality={asked} is not in model.modalities ({', '.join(modalities)}); use {meant}",
+        )
+    elif recipe.sample.guidance_channels > modalities[asked]:
+        yield Problem(
+            ("sample.guidance_channels", "model.modalities"),
+            f"sample.guidance_channels={recipe.sample.guidance_channels} is more than the {modalities[asked]} channels "
+            f"of {asked}; use 0 for all",
+        )
+
+
+def _codec(recipe: Recipe) -> Iterator[Problem]:
+    c = recipe.codec
+    if c.kind == "diffusers" and not c.path:
+        yield Problem(
+            ("codec.path", "codec.kind"), "codec.kind=diffusers needs codec.path, the local folder of an autoencoder"
+        )
+    if c.kind != "diffusers" and c.path:
+        yield Problem(
+            ("codec.path", "codec.kind"),
+            f"codec.path={c.path} has no effect with codec.kind={c.kind}; set codec.kind=diffusers or remove it",
+        )
+    if c.kind in ("haar", "dct") and c.factor not in (2, 4, 8):
+        yield Problem(("codec.factor",), f"codec.factor={c.factor} must be 2, 4 or 8")
+    factor = _codec_factor(recipe)
+    pictures = [m for m in recipe.model.modalities if m != "audio"]
+    for name in pictures if factor else []:
+        channels, given = COLOURS * factor * factor, recipe.model.modalities[name]
+        if channels != given:
+            shape = f"codec.kind={c.kind}" + (f" with codec.factor={factor}" if factor > 1 else "")
+            yield Problem(
+                ("model.modalities", "codec.kind", "codec.factor"),
+                f"model.modalities.{name}={given}, but {shape} makes latents of {channels} channels; "
+                f"set model.modalities={{{name}: {channels}}}",
+            )
+
+
+def _text(recipe: Recipe) -> Iterator[Problem]:
+    t = recipe.text
+    if t.kind == "transformers" and not t.path:
+        yield Problem(
+            ("text.path", "text.kind"), "text.kind=transformers needs text.path, the local folder of a text encoder"
+        )
+    if t.kind != "transformers" and t.path:
+        yield Problem(
+            ("text.path", "text.kind"),
+            f"text.path={t.path} has no effect with text.kind={t.kind}; set text.kind=transformers or remove it",
+        )
+    if t.prompt_template.count("{}") != 1:
+        yield Problem(
+            ("text.prompt_template",),
+            f"text.prompt_template={t.prompt_template!r} must hold {{}} once, in the caption's place",
+        )
+
+
+def _batch(recipe: Recipe) -> Iterator[Problem]:
+    n, parts = recipe.data.batch_size, recipe.train.accumulation
+    if n % parts:
+        yield Problem(
+            ("train.accumulation", "data.batch_size"),
+            f"train.accumulation={parts} must divide data.batch_size={n}; {_try(parts, divisors(n))}",
+        )
+    if recipe.data.max_bad_samples > 1:
+        yield Problem(
+            ("data.max_bad_samples",), f"data.max_bad_samples={recipe.data.max_bad_samples:g} must be a share up to 1"
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    o, steps = recipe.optimizer, recipe.train.steps
+    if o.warmup_steps > steps:
+        yield Problem(
+            ("optimizer.warmup_steps", "train.steps"),
+            f"optimizer.warmup_steps={o.warmup_steps} is more than train.steps={steps}; try {max(steps // 10, 1)}",
+        )
+    elif o.schedule == "wsd" and o.decay_steps < 1:
+        yield Problem(
+            ("optimizer.decay_steps", "optimizer.schedule"),
+            f"optimizer.schedule=wsd needs optimizer.decay_steps, at least 1; try {max(steps // 5, 1)}",
+        )
+    elif o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
+        most = steps - o.warmup_steps
+        yield Problem(
+            ("optimizer.decay_steps", "optimizer.warmup_steps", "train.steps"),
+            f"optimizer.warmup_steps={o.warmup_steps} and optimizer.decay_steps={o.decay_steps} do not fit into "
+            f"train.steps={steps}; " + (f"make decay_steps at most {most}" if most else "shorten the warm-up"),
+        )
+    if o.final_lr > 1:
+        yield Problem(("optimizer.final_lr",), f"optimizer.final_lr={o.final_lr:g} must be a share of the peak up to 1")
+
+
+def _rates(recipe: Recipe) -> Iterator[Problem]:
+    betas, decays = recipe.optimizer.betas, recipe.train.ema_decays
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        yield Problem(("optimizer.betas",), f"optimizer.betas={betas} must be two rates from 0 to below 1")
+    if not all(0 <= d < 1 for d in decays):
+        yield Problem(("train.ema_decays",), f"train.ema_decays={decays} must be decays from 0 to below 1")
+    elif len(set(decays)) < len(decays):
+        yield Problem(("train.ema_decays",), f"train.ema_decays={decays} names a decay twice")
+    elif recipe.sample.ema >= max(len(decays), 1):
+        last = len(decays) - 1
+        valid = "-1 for the raw weights" if last < 0 else f"0 to {last}, or -1 for the raw weights"
+        yield Problem(
+            ("sample.ema", "train.ema_decays"),
+            f"sample.ema={recipe.sample.ema} is not among the {len(decays)} train.ema_decays; use {valid}",
+        )
+
+
+def _validation(recipe: Recipe) -> Iterator[Problem]:
+    times = recipe.validation.timesteps
+    if not times or not all(0 <= t < 1 for t in times):
+        yield Problem(("validation.timesteps",), f"validation.timesteps={times} must be times from 0 to below 1")
+
+
+def _positive(recipe: Recipe) -> Iterator[Problem]:
+    values = flatten(recipe)
+    names = ["flow.shift", "sample.shift"]
+    if recipe.sample.solver == "dopri5":
+        names += ["sample.rtol", "sample.atol"]
+    for name in names:
+        if not values[name] > 0:
+            yield Problem((name,), f"{name}={values[name]:g} must be more than 0")
+
+
+def _sample_size(recipe: Recipe) -> Iterator[Problem]:
+    try:
+        width, height = parse_size(recipe.sample.size)
+    except RecipeError as error:
+        yield Problem(("sample.size",), f"sample.size={error}".rstrip("."))
+        return
+    factor = _codec_factor(recipe)
+    if not factor or recipe.sample.modality == "audio":
+        return
+    unit = factor * recipe.model.patch_size
+    if width % unit or height % unit:
+        good = "x".join(str(max(round(n / unit), 1) * unit) for n in (width, height))
+        because = f"model.patch_size={recipe.model.patch_size}" + (f" · codec.factor={factor}" if factor > 1 else "")
+        yield Problem(
+            ("sample.size", "model.patch_size", "codec.factor", "codec.kind"),
+            f"sample.size={recipe.sample.size} must be a multiple of {unit} pixels ({because}); try {good}",
+        )
+
+
+def _name(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.name in ("", ".", "..") or "/" in recipe.name or "\0" in recipe.name:
+        yield Problem(
+            ("name",), f"name={recipe.name!r} must be the name of one folder; run_dir says where that folder is"
+        )
+
+
+def _codec_factor(recipe: Recipe) -> int:
+    """Pixels per latent of the built-in codecs; 0 where only the autoencoder's folder can tell."""
+    return {"pixels": 1, "haar": recipe.codec.factor, "dct": recipe.codec.factor}.get(recipe.codec.kind, 0)
 
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """ "48x32" → (48, 32): width and height in pixels.
-
-    Raises:
-        RecipeError: not of that form.
-    """
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise RecipeError(f"{text!r} is not a size", fix="Write WIDTHxHEIGHT in pixels, such as 48x32.")
-    return int(width), int(height)
+def _try(value: int, good: list[int]) -> str:
+    """The nearest good value below and above."""
+    near = [max((g for g in good if g < value), default=0), min((g for g in good if g > value), default=0)]
+    named = [str(g) for g in near if g]
+    return f"try {' or '.join(named)}" if named else "no other value fits"
 
 
-def _values(config: Any, prefix: str) -> Iterator[str]:
-    """The rules that one value can be held to, from the schema's own metadata."""
-    for f in dataclasses.fields(config):
-        name, value = f"{prefix}{f.name}", getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _values(value, f"{name}.")
-            continue
-        choices, at_least = f.metadata["choices"], f.metadata["at_least"]
-        if choices and value not in choices:
-            yield f"{name}={value} is not one of {', '.join(choices)}"
-        if at_least is not None and value is not None and not value >= at_least:
-            yield f"{name}={value} must be at least {at_least:g}"
+def _either(options: tuple[str, ...]) -> str:
+    return ", ".join(options[:-1]) + f" or {options[-1]}"
 
 
-def _model(recipe: Recipe) -> Iterator[str]:
-    m = recipe.model
-    if m.dim < 1 or m.num_heads < 1:
-        return
-    if m.dim % m.num_heads:
-        near = nearest(m.num_heads, divisors(m.dim))
-        yield f"model.num_heads={m.num_heads} must divide model.dim={m.dim}; try {near}"
-    elif m.dim // m.num_heads % 2:
-        yield (
-            f"model.dim/num_heads = {m.dim // m.num_heads} must be even, for RoPE turns pairs; "
-            f"try model.num_heads={nearest(m.num_heads, [d for d in divisors(m.dim) if m.dim // d % 2 == 0])}"
-        )
-    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
-        yield (
-            f"model.num_kv_heads={m.num_kv_heads} must divide model.num_heads={m.num_heads}; "
-            f"try {nearest(m.num_kv_heads, divisors(m.num_heads))}"
-        )
-    if m.text_dim and m.num_classes:
-        yield (
-            f"model.text_dim={m.text_dim} and model.num_classes={m.num_classes}: a model follows text or classes; "
-            "set one of them to 0"
-        )
-    if not m.modalities:
-        yield "model.modalities is empty; give at least one, such as {image: 4}"
-    for name, channels in m.modalities.items():
-        if channels < 1:
-            yield f"model.modalities.{name}={channels} must be at least 1 (latent channels)"
-    if m.rope == "axial" and m.rope_axes not in (2, 3):
-        yield f"model.rope_axes={m.rope_axes} must be 2 (row, column) or 3 (frame, row, column)"
-    if m.rope == "raster" and m.rope_axes != 1 and m.rope_axes != 2:
-        yield f"model.rope_axes={m.rope_axes} has no meaning with model.rope=raster; leave it out"
-
-
-def _flow(recipe: Recipe) -> Iterator[str]:
-    f = recipe.flow
-    if f.caption_dropout > 1:
-        yield f"flow.caption_dropout={f.caption_dropout} is a share; it must be at most 1"
-    if f.shift <= 0:
-        yield f"flow.shift={f.shift} must be more than 0; 1 is no shift"
-
-
-def _codec_and_text(recipe: Recipe) -> Iterator[str]:
-    c, t = recipe.codec, recipe.text
-    if c.kind == "diffusers" and not c.path:
-        yield "codec.kind=diffusers needs codec.path, the local folder of the autoencoder"
-    if c.kind in ("haar", "dct") and c.factor not in (2, 4, 8):
-        yield f"codec.factor={c.factor} must be 2, 4 or 8"
-    if c.kind != "diffusers" and c.path:
-        yield f"codec.path={c.path} is only read with codec.kind=diffusers"
-    if t.kind == "transformers" and not t.path:
-        yield "text.kind=transformers needs text.path, the local folder of the model and its tokenizer"
-    if t.kind != "transformers" and t.path:
-        yield f"text.path={t.path} is only read with text.kind=transformers"
-    if "{}" not in t.prompt_template:
-        yield f"text.prompt_template={t.prompt_template!r} must contain {{}}, where the caption goes"
-
-
-def _training(recipe: Recipe) -> Iterator[str]:
-    t, o, d = recipe.train, recipe.optimizer, recipe.data
-    if t.accumulation >= 1 and d.batch_size % t.accumulation:
-        yield (
-            f"train.accumulation={t.accumulation} must divide data.batch_size={d.batch_size}; "
-            f"try {nearest(t.accumulation, divisors(d.batch_size))}"
-        )
-    if len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas):
-        yield f"optimizer.betas={o.betas} must be two numbers from 0 to below 1"
-    if o.warmup_steps > t.steps:
-        yield f"optimizer.warmup_steps={o.warmup_steps} must be at most train.steps={t.steps}"
-    if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > t.steps:
-        yield (
-            f"optimizer.warmup_steps={o.warmup_steps} and decay_steps={o.decay_steps} do not fit in "
-            f"train.steps={t.steps}; try optimizer.decay_steps={max(0, t.steps - o.warmup_steps)}"
-        )
-    if o.schedule != "wsd" and o.decay_steps:
-        yield f"optimizer.decay_steps={o.decay_steps} is only read with optimizer.schedule=wsd"
-    for decay in t.ema_decays:
-        if not 0 <= decay < 1:
-            yield f"train.ema_decays: {decay} must be from 0 to below 1"
-    if len(set(t.ema_decays)) != len(t.ema_decays):
-        yield f"train.ema_decays={t.ema_decays} names a decay twice"
-    if d.max_bad_samples > 1:
-        yield f"data.max_bad_samples={d.max_bad_samples} is a share; it must be at most 1"
-
-
-def _validation(recipe: Recipe) -> Iterator[str]:
-    v = recipe.validation
-    if v.every and not v.timesteps:
-        yield "validation.timesteps is empty; give at least one, such as [0.5]"
-    for t in v.timesteps:
-        if not 0 <= t < 1:
-            yield f"validation.timesteps: {t} must be from 0 (noise) to below 1 (data)"
-
-
-def _sample(recipe: Recipe) -> Iterator[str]:
-    s, m, c = recipe.sample, recipe.model, recipe.codec
-    if s.every and s.modality not in m.modalities:
-        yield f"sample.modality={s.modality} is not among model.modalities ({', '.join(m.modalities)})"
-    if s.every and not s.prompts and m.text_dim:
-        yield f"sample.every={s.every} needs sample.prompts"
-    if s.ema >= len(recipe.train.ema_decays):
-        yield f"sample.ema={s.ema} counts train.ema_decays={recipe.train.ema_decays} from 0; -1 is the raw weights"
-    if s.shift <= 0:
-        yield f"sample.shift={s.shift} must be more than 0; 1 is no shift"
-    channels = m.modalities.get(s.modality)
-    if channels and s.guidance_channels > channels:
-        yield f"sample.guidance_channels={s.guidance_channels} is more than model.modalities.{s.modality}={channels}"
-    try:
-        size = parse_size(s.size)
-    except RecipeError as error:
-        yield f"sample.size: {error}"
-        return
-    # An autoencoder's factor is not known before its folder is opened; sampling checks it then.
-    step = {"pixels": 1, "haar": c.factor, "dct": c.factor}.get(c.kind, 1) * m.patch_size
-    for axis, pixels in zip(("width", "height"), size, strict=True):
-        if step >= 1 and pixels % step:
-            near = " or ".join(str(n) for n in (pixels // step * step, (pixels // step + 1) * step) if n)
-            yield f"sample.size={s.size}: the {axis} must be a multiple of {step} pixels (codec × patch); try {near}"
-
-
-RULES = (_model, _flow, _codec_and_text, _training, _validation, _sample)
+RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
+    _name,
+    _heads,
+    _rope_axes,
+    _conditions,
+    _modalities,
+    _codec,
+    _text,
+    _batch,
+    _schedule,
+    _rates,
+    _validation,
+    _positive,
+    _sample_size,
+)
