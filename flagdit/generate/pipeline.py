@@ -1,0 +1,307 @@
+"""From a run folder and prompts to pixels.
+
+Shape legend
+    C, F, H, W  channels, frames or views, rows, columns
+    L, Y        tokens and width of text features
+    S           samples of one pack
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flagdit.batch import PackedText, Segment
+from flagdit.checkpoint import store
+from flagdit.codecs.latents import Codec, build_codec
+from flagdit.codecs.text import TextEncoder, build_text_encoder
+from flagdit.config.load import load_recipe
+from flagdit.config.schema import Recipe, SampleConfig
+from flagdit.config.validate import parse_size
+from flagdit.errors import CheckpointError, RecipeError
+from flagdit.flow.guidance import guided_velocity
+from flagdit.flow.noise import draw_noise
+from flagdit.flow.solver import integrate
+from flagdit.model.flag_dit import FlagDiT, Inference
+from flagdit.model.tokens import TokenSpec, num_tokens, pack, unpack
+
+Condition = str | int
+"""What to make: a prompt, or a class id for class-conditioned models."""
+
+
+class Progress(Protocol):
+    """Told after every solver step how many steps of the present pack are done and how many samples are finished."""
+
+    def __call__(self, step: int, *, finished: int) -> None: ...
+
+
+@dataclass
+class Pipeline:
+    """A model with all that it takes to sample from it.
+
+    Attributes:
+        model: on its device, in its compute dtype.
+        recipe: of the run.
+        codec: latents to pixels.
+        text_encoder: None for models without text.
+        null_text_LY: features of the empty prompt.
+    """
+
+    model: FlagDiT
+    recipe: Recipe
+    codec: Codec
+    text_encoder: TextEncoder | None
+    null_text_LY: Tensor | None
+
+    @classmethod
+    def build(cls, model: FlagDiT, recipe: Recipe) -> Pipeline:
+        """Adds the recipe's codec and text encoder to a model.
+
+        Raises:
+            RecipeError: a folder of theirs is missing or of another kind.
+        """
+        device = next(model.parameters()).device
+        codec = build_codec(recipe.codec).to(device)
+        if not recipe.model.text_dim:
+            return cls(model, recipe, codec, None, None)
+        encoder = build_text_encoder(recipe.text).to(device)
+        return cls(model, recipe, codec, encoder, encoder.encode([""])[0])
+
+    def generate(
+        self,
+        conditions: Sequence[Condition],
+        cfg: SampleConfig,
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        first_id: int = 0,
+        inference: Inference | None = None,
+        pack_tokens: int = 16384,
+        on_step: Progress | None = None,
+    ) -> list[Tensor]:
+        """Samples one picture, video or set of views per condition.
+
+        A sample is a function of (cfg.seed, its id) and its condition, whatever is sampled beside it, up to rounding.
+
+        Args:
+            conditions: prompts, or class ids.
+            cfg: size, solver, guidance and seed.
+            sizes: (width, height) in pixels for each condition; None: cfg.size for all.
+            first_id: id of the first sample, the others follow; ids decide the noise.
+            inference: settings of the model's forward.
+            pack_tokens: most tokens of one pack, both halves of guidance counted.
+            on_step: told about the solver's progress.
+
+        Returns:
+            Pixels (3, F, H, W) in [−1, 1], fp32 on the CPU, one per condition.
+
+        Raises:
+            RecipeError: a size or condition that the model cannot make.
+        """
+        spec = TokenSpec.from_model(self.model.cfg)
+        sizes = sizes or [parse_size(cfg.size)] * len(conditions)
+        segments = [
+            Segment(first_id + i, cfg.modality, self.latent_shape(size, cfg.frames, cfg.modality))
+            for i, size in enumerate(sizes)
+        ]
+        halves = 1 if cfg.guidance == 1 else 2
+        costs = [halves * num_tokens(s.shape, s.modality, spec) for s in segments]
+        features = self._features(conditions)
+        pixels: list[Tensor] = []
+        for part in _split(costs, pack_tokens):
+            latents = self._sample(
+                segments[part],
+                conditions[part],
+                None if features is None else features[part],
+                cfg,
+                inference,
+                on_step and partial(on_step, finished=len(pixels)),
+            )
+            pixels += [self.codec.decode(latent.float()).clamp(-1, 1).cpu() for latent in latents]
+        return pixels
+
+    def latent_shape(self, size: tuple[int, int], frames: int, modality: str) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latent for a size in pixels.
+
+        Args:
+            size: (width, height).
+
+        Raises:
+            RecipeError: the model has no such modality, or the size is not a multiple of codec factor × patch.
+        """
+        cfg = self.model.cfg
+        if modality not in cfg.modalities:
+            raise RecipeError(
+                f"sample.modality={modality} is not one of this model's ({', '.join(cfg.modalities)})",
+                fix="Sample one of those.",
+            )
+        step = self.codec.factor * cfg.patch_size
+        width, height = size
+        if width % step or height % step:
+            near = "x".join(str(max(step, round(n / step) * step)) for n in size)
+            raise RecipeError(
+                f"a size of {width}x{height} cannot be sampled: width and height must be multiples of {step} pixels "
+                f"(codec factor {self.codec.factor} × model.patch_size {cfg.patch_size})",
+                where="sample.size",
+                fix=f"Try {near}.",
+            )
+        return (cfg.modalities[modality], frames, height // self.codec.factor, width // self.codec.factor)
+
+    def _features(self, conditions: Sequence[Condition]) -> list[Tensor] | None:
+        wanted, name = (str, "a prompt") if self.text_encoder else (int, "a class id")
+        wrong = [c for c in conditions if not isinstance(c, wanted)]
+        if wrong and (self.text_encoder or self.model.cfg.num_classes):
+            raise RecipeError(f"this model is asked with {name}, not with {wrong[0]!r}")
+        if self.model.cfg.num_classes and not all(0 <= int(c) < self.model.cfg.num_classes for c in conditions):
+            raise RecipeError(f"class ids of this model go from 0 to {self.model.cfg.num_classes - 1}")
+        return self.text_encoder.encode([str(c) for c in conditions]) if self.text_encoder else None
+
+    @torch.inference_mode()
+    def _sample(
+        self,
+        segments: Sequence[Segment],
+        conditions: Sequence[Condition],
+        features: Sequence[Tensor] | None,
+        cfg: SampleConfig,
+        inference: Inference | None,
+        on_step: Callable[[int], None] | None,
+    ) -> list[Tensor]:
+        """Latents of one pack."""
+        spec = TokenSpec.from_model(self.model.cfg)
+        classes = self.model.cfg.num_classes
+        batch = pack(
+            segments,
+            None,
+            spec,
+            text=None if features is None else PackedText.pack(features),
+            labels=[int(c) for c in conditions] if classes else None,
+        ).to(next(self.model.parameters()).device)
+        velocity = guided_velocity(
+            self.model,
+            batch,
+            scale=cfg.guidance,
+            channels=cfg.guidance_channels,
+            null_text_LY=self.null_text_LY,
+            null_label=classes,
+            inference=inference,
+        )
+        solution = integrate(
+            velocity,
+            draw_noise(batch, cfg.seed),
+            solver=cfg.solver,
+            steps=cfg.steps,
+            shift=cfg.shift,
+            rtol=cfg.rtol,
+            atol=cfg.atol,
+            on_step=on_step,
+        )
+        return unpack(solution.x, segments, spec)
+
+
+def load_pipeline(run_dir: str | Path, *, step: int | None = None, ema: int | None = None) -> Pipeline:
+    """The model of a run, ready to sample.
+
+    Args:
+        run_dir: the run folder.
+        step: of the checkpoint; None: the newest.
+        ema: which of train.ema_decays; −1: the raw weights; None: as the recipe's sample.ema says.
+
+    Raises:
+        CheckpointError: no run, no checkpoint, or no such average in it.
+    """
+    run_dir = Path(run_dir)
+    recipe = load_run_recipe(run_dir)
+    group = weights_group(recipe, recipe.sample.ema if ema is None else ema)
+    weights = store.load_group(checkpoint_path(run_dir, step), group)
+    on_gpu = torch.cuda.is_available() and recipe.train.device != "cpu"
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    with torch.device("meta"):
+        model = FlagDiT(recipe.model)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights do not fit the recipe beside them: {error}",
+            where=str(run_dir),
+            fix="Restore the recipe.yaml that the run was trained with.",
+        ) from None
+    model = model.to("cuda" if on_gpu else "cpu", dtype).eval().requires_grad_(False)
+    return Pipeline.build(model, recipe)
+
+
+def load_run_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        CheckpointError: there is no run.
+        RecipeError: its recipe cannot be read.
+    """
+    path = run_dir / "recipe.yaml"
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"the run folder cannot be read: {error}", where=str(run_dir)) from None
+    if not exists:
+        raise CheckpointError(
+            "there is no run here" if run_dir.is_dir() else "there is no such folder",
+            where=str(run_dir),
+            fix="Give the folder of a run, such as runs/quickstart; it holds recipe.yaml and checkpoints/.",
+        )
+    return load_recipe(path)
+
+
+def checkpoint_path(run_dir: Path, step: int | None) -> Path:
+    """The newest checkpoint of a run, or the one of a step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = store.all_checkpoints(run_dir)
+    if step is None:
+        newest = store.latest(run_dir)
+        if newest is None:
+            raise CheckpointError(
+                "the run has no complete checkpoint yet",
+                where=str(run_dir),
+                fix="Train it on: the same `flagdit train` command continues it.",
+            )
+        return newest
+    for path in found:
+        if path.name == f"step_{step:08d}":
+            return path
+    steps = ", ".join(str(int(p.name.removeprefix("step_"))) for p in found) or "none"
+    raise CheckpointError(f"there is no checkpoint of step {step}", where=str(run_dir), fix=f"There are: {steps}.")
+
+
+def weights_group(recipe: Recipe, ema: int) -> str:
+    """Name of the tensors to sample from, in a checkpoint.
+
+    Raises:
+        RecipeError: no such average.
+    """
+    decays = recipe.train.ema_decays
+    if ema < 0 or not decays:
+        return "model"
+    if ema >= len(decays):
+        raise RecipeError(
+            f"there is no average number {ema}",
+            where="sample.ema",
+            fix=f"train.ema_decays={decays} are counted from 0; -1 is the raw weights.",
+        )
+    return f"ema_{decays[ema]}"
+
+
+def _split(costs: Sequence[int], budget: int) -> list[slice]:
+    """Neighbours together as long as they fit the budget; at least one each."""
+    parts, start, total = [], 0, 0
+    for i, cost in enumerate(costs):
+        if i > start and total + cost > budget:
+            parts.append(slice(start, i))
+            start, total = i, 0
+        total += cost
+    return [*parts, slice(start, len(costs))]
