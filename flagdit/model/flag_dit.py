@@ -90,7 +90,7 @@ class FlagDiT(nn.Module):
             self.text_pooler = TextPooler(cfg.text_dim, cfg.cond_dim)
         if cfg.num_classes:
             self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.cond_dim)
-        self.layers = nn.ModuleList([BLOCKS[cfg.block](cfg) for _ in range(cfg.num_layers)])
+        self.blocks = nn.ModuleList([BLOCKS[cfg.block](cfg) for _ in range(cfg.num_layers)])
         final_chunks = 2 if cfg.block == "flag" else 1
         self.final_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.cond_dim, final_chunks * cfg.dim))
         outputs = 2 if cfg.learn_sigma else 1
@@ -120,8 +120,8 @@ class FlagDiT(nn.Module):
         cond_SC = self.condition(t_S, text, batch.labels_S)
         ctx = self.context(t_S, batch, text, inference or Inference())
         h_TE = self.embed(x, batch)
-        for i, layer in enumerate(self.layers):
-            h_TE = self._run(layer, i, h_TE, cond_SC, ctx)
+        for i, block in enumerate(self.blocks):
+            h_TE = self._run(block, i, h_TE, cond_SC, ctx)
         return self.project(h_TE, cond_SC, batch)
 
     def embed(self, x: Patches, batch: PackedBatch) -> Tensor:
@@ -179,12 +179,12 @@ class FlagDiT(nn.Module):
             velocity[modality] = out_NP.chunk(2, dim=-1)[0] if self.cfg.learn_sigma else out_NP
         return velocity
 
-    def _run(self, layer: nn.Module, i: int, h_TE: Tensor, cond_SC: Tensor, ctx: Context) -> Tensor:
+    def _run(self, block: nn.Module, i: int, h_TE: Tensor, cond_SC: Tensor, ctx: Context) -> Tensor:
         kind = self.cfg.checkpointing
         if kind == "none" or i % self.cfg.checkpoint_every or not torch.is_grad_enabled():
-            return layer(h_TE, cond_SC, ctx)
+            return block(h_TE, cond_SC, ctx)
         # The blocks draw no random numbers, so there is no generator state to keep.
-        run = partial(checkpoint, layer, h_TE, cond_SC, ctx, use_reentrant=False, preserve_rng_state=False)
+        run = partial(checkpoint, block, h_TE, cond_SC, ctx, use_reentrant=False, preserve_rng_state=False)
         if kind == "block":
             return run()
         return run(context_fn=partial(create_selective_checkpoint_contexts, EXPENSIVE_OPS))

@@ -26,8 +26,8 @@ RULES: list[tuple[str, str]] = [
     ("text_pooler.proj.weight", "normal"),
     ("y_embedder.table.weight", "normal"),
     ("stems.*.weight", "xavier"),
-    ("layers.*.attention.w*.weight", "xavier"),
-    ("layers.*.feed_forward.w*.weight", "xavier"),
+    ("blocks.*.attention.w*.weight", "xavier"),
+    ("blocks.*.feed_forward.w*.weight", "xavier"),
 ]
 NORMAL_STD = 0.02
 

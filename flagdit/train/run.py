@@ -13,7 +13,8 @@ from flagdit.config.schema import ModelConfig, Recipe
 from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
-from flagdit.model.flag_dit import FlagDiT, initialize
+from flagdit.model.flag_dit import FlagDiT
+from flagdit.model.initialize import initialize
 from flagdit.model.sizes import resolve
 from flagdit.train.display import Display
 from flagdit.train.ema import Emas
