@@ -120,7 +120,7 @@ class Pipeline:
                 None if features is None else features[part],
                 cfg,
                 inference,
-                on_step and partial(on_step, finished=len(pixels)),
+                None if on_step is None else partial(on_step, finished=len(pixels)),
             )
             pixels += [self.codec.decode(latent.float()).clamp(-1, 1).cpu() for latent in latents]
         return pixels
