@@ -5,14 +5,18 @@ Shape legend: B pictures, Z pixels of one picture.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flagdit.data_pipelines.index import Dataset
-from flagdit.generate.pipeline import Pipeline, Progress
+from flagdit.generate.images import grid, to_image
+from flagdit.generate.pipeline import Pipeline, Progress, load_pipeline
+from flagdit.generate.sample import steps_shown
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,34 @@ def evaluate_retrieval(pipeline: Pipeline, dataset: Dataset, *, on_step: Progres
         generated={name: [generated[i] for i in split] for name, split in ids.items()},
         references={name: [pictures[i] for i in split] for name, split in ids.items()},
     )
+
+
+def evaluate_run(run_dir: Path) -> dict[str, float]:
+    """Retrieval of a run on the data set that it was trained on.
+
+    Writes the figures into the run folder's figures.json, and for each split a sheet of generated pictures, each above
+    the one that its caption belongs to.
+
+    Returns:
+        retrieval_top1 and prompts of the training split; heldout_top1 and heldout_prompts, where there is one.
+
+    Raises:
+        CheckpointError, RecipeError: the run cannot be sampled.
+        DataError: its data set cannot be read.
+    """
+    pipeline = load_pipeline(run_dir)
+    data = pipeline.recipe.data
+    dataset = Dataset.open(data.path)
+    with steps_shown("evaluating", len(dataset), pipeline.recipe.sample.steps) as on_step:
+        found = evaluate_retrieval(pipeline, dataset, on_step=on_step)
+    for split, generated in found.generated.items():
+        pairs = zip(generated, found.references[split], strict=True)
+        cells = [grid([to_image(drawn), to_image(real)], columns=1, gap=0) for drawn, real in pairs]
+        if cells:
+            grid(cells, columns=20, zoom=2, gap=4).save(run_dir / f"retrieval_{split}.png")
+    figures: dict[str, float] = {}
+    for split, share in found.top1.items():
+        name, count = ("retrieval_top1", "prompts") if split == data.split else (f"{split}_top1", f"{split}_prompts")
+        figures |= {name: round(share, 4), count: found.count[split]}
+    (run_dir / "figures.json").write_text(json.dumps(figures))
+    return figures

@@ -1,0 +1,221 @@
+"""The `flagdit` command: reads arguments, calls one function of one area, prints its result.
+
+Heavy imports stand inside the commands, so that `flagdit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from flagdit import __version__
+from flagdit.errors import FlagDiTError, RecipeError
+
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Recipe keys to change: model.dim=256 train.steps=500.")]
+RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as quickstart.")]
+RunFolder = Annotated[Path, typer.Argument(help="The run folder, such as runs/quickstart.")]
+
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(help="Pretrain diffusion transformers of any modality.", add_completion=False, **PLAIN)
+data_app = typer.Typer(help="Build, encode and inspect data sets.", **PLAIN)
+build_app = typer.Typer(help="Pack pictures and captions into a raw data set.", **PLAIN)
+recipe_app = typer.Typer(help="Look at recipes.", **PLAIN)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+data_app.add_typer(build_app, name="build")
+
+
+@app.command()
+def train(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train a recipe; the same command continues a run that was stopped.
+
+    Example: flagdit train quickstart name=wider model.dim=192
+    """
+    from flagdit.config.load import load_recipe
+    from flagdit.train.loop import train as run
+
+    run(load_recipe(recipe, overrides or []))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="What to draw; may be repeated.")] = None,
+    prompt_file: Annotated[Optional[Path], typer.Option(help="A text file with one prompt per line.")] = None,
+    label: Annotated[Optional[list[int]], typer.Option(help="Class id, for class-conditioned models.")] = None,
+    size: Annotated[Optional[list[str]], typer.Option(help="WIDTHxHEIGHT in pixels; once, or once per prompt.")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Solver steps.")] = None,
+    solver: Annotated[Optional[str], typer.Option(help="euler, midpoint, heun, rk4 or dopri5.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(min=0, help="Guidance scale; 1: off.")] = None,
+    shift: Annotated[Optional[float], typer.Option(min=1e-6, help="Shift of the time grid towards noise.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the noise.")] = None,
+    ema: Annotated[Optional[int], typer.Option(min=-1, help="Average to use, from 0; -1: the raw weights.")] = None,
+    step: Annotated[Optional[int], typer.Option(help="Checkpoint to use; the newest if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
+    separate: Annotated[bool, typer.Option("--separate", help="Write a file for each picture.")] = False,
+    zoom: Annotated[int, typer.Option(min=1, help="Repeat pixels, to see small pictures.")] = 1,
+) -> None:
+    """Sample pictures from a run. What is not given is as the recipe's `sample` block says.
+
+    Example: flagdit sample runs/quickstart --prompt "a Twemoji emoji of trophy" --size 48x32 --steps 20 --out grid.png
+    """
+    from flagdit.generate.sample import read_prompts, sample_to_files
+
+    prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
+    if prompts and label:
+        raise RecipeError("--prompt and --label exclude each other", fix="A model follows text or classes.")
+    settings = {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, "seed": seed}
+    files = sample_to_files(
+        run, prompts or label or [], out, sizes=size or [], step=step, ema=ema, separate=separate, zoom=zoom, **settings
+    )
+    typer.echo("\n".join(str(file) for file in files))
+
+
+@app.command()
+def evaluate(run: RunFolder) -> None:
+    """Draw every caption of the run's data set and see whether the nearest real picture is the right one.
+
+    Writes figures.json and side-by-side sheets into the run folder.
+
+    Example: flagdit evaluate runs/quickstart
+    """
+    from flagdit.generate.evaluate import evaluate_run
+
+    typer.echo(json.dumps(evaluate_run(run)))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write RUN/report.html: curves, pictures over time, figures, recipe and environment on one page.
+
+    Example: flagdit report runs/quickstart
+    """
+    from flagdit.train.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@build_app.command("emoji")
+def build_emoji(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    size: Annotated[int, typer.Option(help="Side in pixels; other shapes have about the same area.")] = 32,
+    multiple: Annotated[int, typer.Option(help="Rows and columns are multiples of this; 0: by the size.")] = 0,
+    styles: Annotated[str, typer.Option(help="Drawing styles, comma-separated: twemoji, openmoji.")] = "twemoji",
+    limit: Annotated[int, typer.Option(help="Subjects; 0: all.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of (subject, style) pairs that training never sees.")] = 0.0,
+    aspects: Annotated[str, typer.Option(help="Shapes of the canvas, comma-separated: 1:1, 3:2, 2:3.")] = "1:1",
+    seed: Annotated[int, typer.Option(help="Chooses subjects and held-out pairs.")] = 0,
+    shard_samples: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
+) -> None:
+    """Emoji with their names as captions, in one or two drawing styles, from installed packages.
+
+    Example: flagdit data build emoji data/emoji --size 64 --styles twemoji,openmoji --aspects 1:1,3:2,2:3
+    """
+    from flagdit.data_pipelines.build import build_dataset
+
+    options = {"size": size, "multiple": multiple, "limit": limit, "holdout": holdout, "seed": seed}
+    lists = {"styles": styles.split(","), "aspects": aspects.split(",")}
+    build_dataset("emoji", out, shard_samples=shard_samples, overwrite=overwrite, **options, **lists)
+
+
+@build_app.command("folder")
+def build_folder(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    source: Annotated[
+        Path, typer.Option("--from", help="Folder of pictures with NAME.txt, NAME.json or captions.jsonl.")
+    ],
+    size: Annotated[int, typer.Option(help="Side in pixels of the square whose area no picture exceeds.")] = 256,
+    multiple: Annotated[int, typer.Option(help="Rows and columns are multiples of this; 0: by the size.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of pictures that training never sees.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Chooses the held-out pictures.")] = 0,
+    max_bad: Annotated[float, typer.Option(help="Share of unusable pictures above which the build fails.")] = 0.1,
+    shard_samples: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
+) -> None:
+    """Your own pictures, each with its caption; aspect ratios are kept.
+
+    Example: flagdit data build folder data/mine --from ~/pictures --size 256
+    """
+    from flagdit.data_pipelines.build import build_dataset
+
+    options = {"src": source, "size": size, "multiple": multiple, "holdout": holdout, "seed": seed}
+    build_dataset("folder", out, shard_samples=shard_samples, max_bad=max_bad, overwrite=overwrite, **options)
+
+
+@data_app.command("encode")
+def encode(
+    src: Annotated[Path, typer.Argument(help="A raw data set.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    recipe: Annotated[str, typer.Option(help="Its codec and text blocks say how.")],
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
+) -> None:
+    """Turn pictures into latents and captions into text features; a stopped encode continues.
+
+    Example: flagdit data encode data/emoji data/emoji_encoded --recipe quickstart codec.kind=haar
+    """
+    from flagdit.config.load import load_recipe
+    from flagdit.data_pipelines.encode import encode_dataset
+
+    encode_dataset(src, out, load_recipe(recipe, overrides or []), overwrite=overwrite)
+
+
+@data_app.command("stats")
+def stats(path: Annotated[Path, typer.Argument(help="A raw or encoded data set.")]) -> None:
+    """Count samples, sizes, aspect ratios, tokens and caption lengths.
+
+    Example: flagdit data stats data/emoji_encoded
+    """
+    from flagdit.data_pipelines.stats import describe
+
+    typer.echo(json.dumps(describe(path), indent=2, ensure_ascii=False))
+
+
+@recipe_app.command("show")
+def show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print every key of a recipe, after its bases and overrides, with its meaning.
+
+    Example: flagdit recipe show quickstart model.dim=256
+    """
+    from flagdit.config.load import load_recipe, to_yaml
+
+    typer.echo(to_yaml(load_recipe(recipe, overrides or [])))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A script of benchmarks/.")]) -> None:
+    """Run a benchmark of a source checkout; its last line is one JSON object.
+
+    Example: flagdit bench model_cpu
+    """
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    if not script.is_file():
+        known = ", ".join(sorted(p.stem for p in script.parent.glob("*.py")))
+        fix = f"There are: {known}." if known else "Run this from a source checkout (pip install --editable .)."
+        raise RecipeError(f"there is no benchmark {name!r}", fix=fix)
+    sys.argv = [str(script), *context.args]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"flagdit {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one paragraph and exit code 2, not a traceback."""
+    try:
+        app()
+    except FlagDiTError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,108 @@
+"""`flagdit sample`: prompts and sizes as a person gives them, pictures as files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from flagdit.config.validate import parse_size
+from flagdit.errors import RecipeError
+from flagdit.generate.images import grid, to_image
+from flagdit.generate.pipeline import Condition, Progress, load_pipeline
+
+
+def sample_to_files(
+    run_dir: Path,
+    conditions: Sequence[Condition],
+    out: Path,
+    *,
+    sizes: Sequence[str] = (),
+    step: int | None = None,
+    ema: int | None = None,
+    separate: bool = False,
+    zoom: int = 1,
+    **settings: Any,
+) -> list[Path]:
+    """Samples from a run and writes pictures.
+
+    Args:
+        run_dir: the run folder.
+        conditions: prompts, or class ids of class-conditioned models; none: the recipe's sample.prompts.
+        out: a picture file; with `separate`, its name gets the number of each picture.
+        sizes: "WIDTHxHEIGHT", one for all or one for each; none: the recipe's sample.size.
+        step, ema: which weights; see `load_pipeline`.
+        separate: a file for each picture instead of one sheet.
+        zoom: repeat pixels on the sheet.
+        settings: keys of the recipe's `sample` block that replace its values; None leaves one as it is.
+
+    Returns:
+        The files.
+
+    Raises:
+        RecipeError: prompts, sizes or settings that cannot be met.
+        CheckpointError: the run cannot be read.
+    """
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise RecipeError(f"{out} is not a picture file", where="--out", fix="End it in .png, .jpg or .webp.")
+    pipeline = load_pipeline(run_dir, step=step, ema=ema)
+    cfg = replace(pipeline.recipe.sample, **{k: v for k, v in settings.items() if v is not None})
+    conditions = list(conditions) or list(cfg.prompts)
+    if not conditions:
+        raise RecipeError("there is nothing to sample", fix="Give --prompt, --prompt-file or --label.")
+    if len(sizes) > 1 and len(sizes) != len(conditions):
+        raise RecipeError(
+            f"{len(sizes)} sizes for {len(conditions)} prompts",
+            where="--size",
+            fix="Give one for all, or one for each.",
+        )
+    given = [parse_size(text) for text in sizes or [cfg.size]]
+    each = given if len(given) == len(conditions) else given * len(conditions)
+    with steps_shown("sampling", len(conditions), cfg.steps) as on_step:
+        pixels = pipeline.generate(conditions, cfg, sizes=each, on_step=on_step)
+    images = [to_image(p) for p in pixels]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not separate:
+        grid(images, zoom=zoom).save(out)
+        return [out]
+    files = [out.with_name(f"{out.stem}_{i:04d}{out.suffix}") for i in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        grid([image], zoom=zoom).save(file)
+    return files
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt per line; empty lines are left out.
+
+    Raises:
+        RecipeError: no such file, not UTF-8, or no prompt in it.
+    """
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the prompt file cannot be read: {error}", where=str(file)) from None
+    if not prompts:
+        raise RecipeError("the prompt file is empty", where=str(file), fix="Write one prompt per line.")
+    return prompts
+
+
+@contextmanager
+def steps_shown(what: str, samples: int, steps: int) -> Iterator[Progress | None]:
+    """A progress bar on a terminal; elsewhere nothing is shown and nothing is yielded to call."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Bar(*columns, transient=True) as bar:
+        task = bar.add_task(what, total=samples * steps, text="")
+
+        def on_step(step: int, *, finished: int) -> None:
+            bar.update(task, completed=finished * steps + step, text=f"{finished}/{samples}, step {step}")
+
+        yield on_step
