@@ -119,9 +119,9 @@ def build_emoji(
     """
     from flagdit.data_pipelines.build import build_dataset
 
-    options = {"size": size, "multiple": multiple, "limit": limit, "holdout": holdout, "seed": seed}
-    lists = {"styles": styles.split(","), "aspects": aspects.split(",")}
-    build_dataset("emoji", out, shard_samples=shard_samples, overwrite=overwrite, **options, **lists)
+    options: dict[str, Any] = {"size": size, "multiple": multiple, "limit": limit, "holdout": holdout, "seed": seed}
+    options |= {"styles": styles.split(","), "aspects": aspects.split(",")}
+    build_dataset("emoji", out, shard_samples=shard_samples, overwrite=overwrite, **options)
 
 
 @build_app.command("folder")
@@ -144,7 +144,7 @@ def build_folder(
     """
     from flagdit.data_pipelines.build import build_dataset
 
-    options = {"src": source, "size": size, "multiple": multiple, "holdout": holdout, "seed": seed}
+    options: dict[str, Any] = {"src": source, "size": size, "multiple": multiple, "holdout": holdout, "seed": seed}
     build_dataset("folder", out, shard_samples=shard_samples, max_bad=max_bad, overwrite=overwrite, **options)
 
 
