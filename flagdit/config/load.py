@@ -138,9 +138,9 @@ def _files(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, yaml.Mapp
     for key, value in root.value:
         if key.value == "base":
             names = _plain(value)
-            for name in [names] if isinstance(names, str) else names or []:
+            for name in names if isinstance(names, list) else [names]:
                 if not isinstance(name, str):
-                    raise RecipeError("base must be the name of a recipe or a list of names", where=_place(path, value))
+                    raise RecipeError("base must be the name of a recipe or a list of names", where=_place(path, key))
                 try:
                     base = find_recipe(name, path.parent)
                 except RecipeError as error:

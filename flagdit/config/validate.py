@@ -16,6 +16,7 @@ from flagdit.config.schema import Recipe
 from flagdit.errors import RecipeError
 
 COLOURS = 3
+FACTORS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,13 @@ def _codec(recipe: Recipe) -> Iterator[Problem]:
             ("codec.path", "codec.kind"),
             f"codec.path={c.path} has no effect with codec.kind={c.kind}; set codec.kind=diffusers or remove it",
         )
-    if c.kind in ("haar", "dct") and c.factor not in (2, 4, 8):
+    if c.kind in ("haar", "dct") and c.factor not in FACTORS:
         yield Problem(("codec.factor",), f"codec.factor={c.factor} must be 2, 4 or 8")
     factor = _codec_factor(recipe)
     pictures = [m for m in recipe.model.modalities if m != "audio"]
     for name in pictures if factor else []:
         channels, given = COLOURS * factor * factor, recipe.model.modalities[name]
-        if channels != given:
+        if channels != given and given > 0:
             shape = f"codec.kind={c.kind}" + (f" with codec.factor={factor}" if factor > 1 else "")
             yield Problem(
                 ("model.modalities", "codec.kind", "codec.factor"),
@@ -322,7 +323,10 @@ def _name(recipe: Recipe) -> Iterator[Problem]:
 
 def _codec_factor(recipe: Recipe) -> int:
     """Pixels per latent of the built-in codecs; 0 where only the autoencoder's folder can tell."""
-    return {"pixels": 1, "haar": recipe.codec.factor, "dct": recipe.codec.factor}.get(recipe.codec.kind, 0)
+    c = recipe.codec
+    if c.kind == "pixels":
+        return 1
+    return c.factor if c.kind in ("haar", "dct") and c.factor in FACTORS else 0
 
 
 def divisors(n: int) -> list[int]:
