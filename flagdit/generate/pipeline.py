@@ -217,7 +217,7 @@ def load_pipeline(run_dir: str | Path, *, step: int | None = None, ema: int | No
     run_dir = Path(run_dir)
     recipe = load_run_recipe(run_dir)
     group = weights_group(recipe, recipe.sample.ema if ema is None else ema)
-    weights = store.load_group(checkpoint_path(run_dir, step), group)
+    weights = store.load(store.find(run_dir, step), groups=[group]).tensors[group]
     on_gpu = torch.cuda.is_available() and recipe.train.device != "cpu"
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with torch.device("meta"):
@@ -253,29 +253,6 @@ def load_run_recipe(run_dir: Path) -> Recipe:
             fix="Give the folder of a run, such as runs/quickstart; it holds recipe.yaml and checkpoints/.",
         )
     return load_recipe(path)
-
-
-def checkpoint_path(run_dir: Path, step: int | None) -> Path:
-    """The newest checkpoint of a run, or the one of a step.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = store.all_checkpoints(run_dir)
-    if step is None:
-        newest = store.latest(run_dir)
-        if newest is None:
-            raise CheckpointError(
-                "the run has no complete checkpoint yet",
-                where=str(run_dir),
-                fix="Train it on: the same `flagdit train` command continues it.",
-            )
-        return newest
-    for path in found:
-        if path.name == f"step_{step:08d}":
-            return path
-    steps = ", ".join(str(int(p.name.removeprefix("step_"))) for p in found) or "none"
-    raise CheckpointError(f"there is no checkpoint of step {step}", where=str(run_dir), fix=f"There are: {steps}.")
 
 
 def weights_group(recipe: Recipe, ema: int) -> str:
