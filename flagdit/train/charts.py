@@ -138,7 +138,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis, place) -> str:  # type: ignore[no-untyped-def]
+def _grid(x_axis: _Axis, y_axis: _Axis, place) -> str:
     parts = []
     floor = HEIGHT - BOTTOM
     for value in y_axis.ticks:

@@ -14,7 +14,6 @@ runs/NAME/
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flagdit.config.load import load_recipe, save_recipe
+from flagdit.config.keys import flatten
+from flagdit.config.load import diff, load_recipe, save_recipe
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError, RecipeError
 
@@ -33,6 +33,9 @@ FREE_KEYS = (
     "run_dir",
     "model.checkpointing",
     "model.checkpoint_every",
+    "codec.path",
+    "text.path",
+    "data.path",
     "data.workers",
     "data.prefetch",
     "data.max_bad_samples",
@@ -49,7 +52,8 @@ FREE_KEYS = (
     "log.",
 )
 """Keys that may change when a run is continued: they decide how long and where it trains, and what is watched and kept.
-A name with a dot at its end stands for the whole block."""
+A name with a dot at its end stands for the whole block. Folders may move: what is in them is compared instead, the data
+set's content with the checkpoint's and the encoders' fingerprints with the data set's."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,9 @@ class RunFolder:
             CheckpointError: the folder holds something that is not a run.
         """
         if self.recipe.exists():
-            theirs, ours = flatten(load_recipe(str(self.recipe), [])), flatten(recipe)
-            changed = [key for key in ours if not free(key) and ours[key] != theirs[key]]
+            changed = [change for change in diff(load_recipe(self.recipe), recipe) if not free(change[0])]
             if changed:
-                listed = "; ".join(f"{key} is {theirs[key]} in the run and {ours[key]} now" for key in changed)
+                listed = "; ".join(f"{key} is {theirs} in the run and {ours} now" for key, theirs, ours in changed)
                 raise RecipeError(
                     f"another run is in this folder: {listed}",
                     where=str(self.path),
@@ -152,23 +155,9 @@ class RunFolder:
         for file in (self.metrics, self.ledger):
             if file.exists():
                 write_lines(file, [line for line in read_lines(file) if line["step"] <= step])
-        for grid in self.samples.glob("step_*.png"):
-            if int(grid.stem.removeprefix("step_")) > step:
-                grid.unlink()
-
-
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as dotted key → value."""
-
-    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                yield from walk(value, f"{prefix}{f.name}.")
-            else:
-                yield prefix + f.name, value
-
-    return dict(walk(recipe, ""))
+        for file in self.samples.glob("step_*"):
+            if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
 
 
 def free(key: str) -> bool:

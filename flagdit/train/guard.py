@@ -6,9 +6,8 @@ and the gradient norm of the global batch.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from flagdit.batch import PackedBatch
 from flagdit.config.schema import GuardConfig
+from flagdit.data_pipelines.loader import BadSample
 from flagdit.errors import FlagDiTError
+from flagdit.train.folder import append_line
 
 
 class TrainingError(FlagDiTError):
@@ -39,6 +40,7 @@ class Guard:
     ledger: Path
     bad_steps: int = 0
     consecutive: int = 0
+    _unreadable: int = 0
 
     def verdict(self, loss: float, grad_norm: float) -> str | None:
         """Why a step is bad; None for a good one."""
@@ -82,6 +84,7 @@ class Guard:
         ]
         suspects = [row["id"] for row in rows if isinstance(row["loss"], str)]
         entry = {
+            "kind": "step",
             "step": step,
             "reason": reason,
             "loss": _number(loss),
@@ -89,8 +92,7 @@ class Guard:
             "suspects": suspects,
             "samples": rows,
         }
-        with self.ledger.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.ledger, entry)
         if self.consecutive >= self.cfg.max_consecutive:
             raise TrainingError(
                 f"{self.consecutive} bad steps in a row up to step {step}; the last one: {reason}",
@@ -98,6 +100,20 @@ class Guard:
                 fix="The ledger names the samples. No bad step has reached the weights, and the checkpoints "
                 "are untouched. Lower optimizer.lr, mend the data, or raise guard.max_consecutive.",
             )
+
+    def unreadable(self, bad: Sequence[BadSample], tell: Callable[[str], None]) -> None:
+        """Writes samples that the data could not give to the ledger, each once.
+
+        Args:
+            bad: all that the loader has met so far.
+            tell: gets one line for each new one.
+        """
+        for sample in bad[self._unreadable :]:
+            entry = {"id": sample.sample_id, "key": sample.key}
+            line = {"kind": "sample", "step": sample.step + 1, "reason": sample.reason, "samples": [entry]}
+            append_line(self.ledger, line)
+            tell(f"sample {sample.key} left out: {sample.reason}")
+        self._unreadable = len(bad)
 
     def state(self) -> dict[str, Any]:
         return {"bad_steps": self.bad_steps, "consecutive": self.consecutive}

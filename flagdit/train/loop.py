@@ -12,7 +12,7 @@ import torch
 
 from flagdit.checkpoint import store
 from flagdit.config.schema import Recipe
-from flagdit.data_pipelines.loader import build_loader
+from flagdit.data_pipelines.loader import Loader, build_loader
 from flagdit.train.display import display_for, quantity
 from flagdit.train.environment import describe
 from flagdit.train.folder import RunFolder, read_lines, write_lines
@@ -42,42 +42,43 @@ def train(recipe: Recipe) -> Path:
     folder = RunFolder(Path(recipe.run_dir) / recipe.name)
     with folder.locked(), torch_settings(recipe), stop_on_signals() as stop:
         folder.check(recipe)
-        newest = store.latest(folder.path)
-        saved = store.load(newest) if newest else None
         display = display_for()
-        if saved and saved.step >= recipe.train.steps:
+        done = max((step for step, _ in store.complete(folder.path)), default=0)
+        if done >= recipe.train.steps:
             display.note(
-                f"{folder.path} is finished: {saved.step} of {recipe.train.steps} steps are done. "
+                f"{folder.path} is finished: {done} of {recipe.train.steps} steps are done. "
                 "Raise train.steps to train on."
             )
             return folder.path
 
         run = build(recipe, folder, display)
-        if saved:
+        if saved := store.load_latest(folder.path, display.note):
             run.restore(saved)
+        loader = build_loader(recipe, run.step)
         hooks = hooks_of(run)
+        # All that can be wrong has been found by now; only from here on does the folder change.
         open_folder(run)
         display.note(opening(run))
         with watched(run):
-            go(run, hooks, stop)
+            go(run, loader, hooks, stop)
         write_report(folder.path)
         display.note(f"done: {folder.report}")
     return folder.path
 
 
-def go(run: Run, hooks: list[Hook], stop: Stop) -> None:
+def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
     """Steps until the run is done or somebody stops it."""
     since = time.perf_counter()
-    with contextlib.closing(build_loader(run.recipe, run.step)) as loader:
-        for batches in loader:
-            result = take_step(run, batches, since)
-            for hook in hooks:
-                hook.after_step(run, result)
-            if run.step == run.recipe.train.steps:
-                return
-            if stop.signal:
-                leave(run, hooks, stop.signal)
-            since = time.perf_counter()
+    for batches in loader:
+        run.guard.unreadable(loader.bad, run.display.note)
+        result = take_step(run, batches, since)
+        for hook in hooks:
+            hook.after_step(run, result)
+        if run.step == run.recipe.train.steps:
+            return
+        if stop.signal:
+            leave(run, hooks, stop.signal)
+        since = time.perf_counter()
 
 
 def hooks_of(run: Run) -> list[Hook]:

@@ -12,17 +12,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flagdit.config.keys import flatten
 from flagdit.config.load import load_recipe
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError
 from flagdit.train.charts import Series, line_chart, smoothed
 from flagdit.train.display import duration, quantity
-from flagdit.train.folder import RunFolder, flatten, read_lines, write_atomically
+from flagdit.train.folder import RunFolder, read_lines, write_atomically
 
-MOST_GRIDS = 12
+MOST_STEPS = 8
+MOST_PROMPTS = 12
 MOST_PICTURES = 6
-MOST_BAD_STEPS = 20
-BIG_PICTURE = 200_000
+MOST_EVENTS = 20
+BIG_PICTURE = 60_000
 """Bytes of a PNG above which the page holds a JPEG of it."""
 
 
@@ -42,7 +44,7 @@ def write_report(run_dir: Path | str) -> Path:
             where=str(run_dir),
             fix="Give the folder that `flagdit train` made: runs/NAME.",
         )
-    recipe = load_recipe(str(folder.recipe), [])
+    recipe = load_recipe(folder.recipe)
     logged = read_lines(folder.metrics) if folder.metrics.exists() else []
     training = [line for line in logged if "loss" in line]
     validation = [line for line in logged if "val_loss" in line]
@@ -56,9 +58,9 @@ def write_report(run_dir: Path | str) -> Path:
         charts=_charts(training, validation),
         grids=_grids(folder),
         figures=_figures(folder),
-        pictures=[(p.stem.replace("_", " "), _embedded(p)) for p in sorted(folder.path.glob("*.png"))[:MOST_PICTURES]],
-        bad=bad[-MOST_BAD_STEPS:],
-        bad_count=len(bad),
+        pictures=_pictures(folder),
+        events=bad[-MOST_EVENTS:],
+        event_count=len(bad),
         blocks=_recipe_blocks(recipe),
         starts=starts,
     )
@@ -66,7 +68,7 @@ def write_report(run_dir: Path | str) -> Path:
     return folder.report
 
 
-def _template():  # type: ignore[no-untyped-def]
+def _template():
     env = Environment(
         loader=PackageLoader("flagdit.train", "templates"),
         autoescape=True,
@@ -137,31 +139,61 @@ def _charts(training: list[dict], validation: list[dict]) -> list[tuple[str, lis
 
 
 def _grids(folder: RunFolder) -> dict[str, Any] | None:
-    """Sample grids over time, evenly chosen when there are many."""
-    files = sorted(folder.samples.glob("step_*.png"))
-    if not files:
+    """Sample grids cut into pictures: one row a prompt, one column a step, evenly chosen where there are many."""
+    found = [(json.loads(file.read_text()), file.with_suffix(".png")) for file in sorted(folder.samples.glob("*.json"))]
+    if not found:
         return None
+    about = found[-1][0]
+    # Prompts and sizes may have been changed between two starts; one table holds pictures of one kind.
+    files = [file for other, file in found if other == about and file.exists()]
     last = len(files) - 1
-    chosen = (
-        sorted({round(i * last / (MOST_GRIDS - 1)) for i in range(MOST_GRIDS)})
-        if last >= MOST_GRIDS
-        else range(last + 1)
-    )
-    shown = [(int(files[i].stem.removeprefix("step_")), _embedded(files[i])) for i in chosen]
-    about = json.loads((folder.samples / "about.json").read_text())
-    return {"shown": shown, "count": len(files), **about}
+    chosen = list(range(last + 1))
+    if last >= MOST_STEPS:
+        chosen = sorted({round(i * last / (MOST_STEPS - 1)) for i in range(MOST_STEPS)})
+    columns = [_tiles_of(files[i], about) for i in chosen]
+    prompts = about["prompts"][:MOST_PROMPTS]
+    return {
+        "steps": [int(files[i].stem.removeprefix("step_")) for i in chosen],
+        "rows": [(prompt, [column[i] for column in columns]) for i, prompt in enumerate(prompts)],
+        "weights": about["weights"],
+        "left_out": len(files) - len(columns) + len(about["prompts"]) - len(prompts),
+        "tiny": about["zoom"] > 1,
+        "wide": about["tile"][0] > 2 * about["tile"][1],
+    }
 
 
-def _embedded(picture: Path) -> str:
-    """A picture as a data URI."""
-    data, kind = picture.read_bytes(), "png"
-    if len(data) > BIG_PICTURE:
-        from PIL import Image
+def _tiles_of(file: Path, about: dict[str, Any]) -> list[str]:
+    """The pictures of a grid, at their own size, as data URIs."""
+    from PIL import Image
 
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(data)).convert("RGB").save(buffer, "JPEG", quality=88)
-        data, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    width, height = (side * about["zoom"] for side in about["tile"])
+    tiles = []
+    with Image.open(file) as sheet:
+        for i in range(min(len(about["prompts"]), MOST_PROMPTS)):
+            x = i % about["columns"] * (width + about["gap"])
+            y = i // about["columns"] * (height + about["gap"])
+            tile = sheet.crop((x, y, x + width, y + height)).resize(about["tile"], Image.Resampling.NEAREST)
+            buffer = io.BytesIO()
+            tile.save(buffer, "PNG")
+            tiles.append(_data_uri(buffer.getvalue()))
+    return tiles
+
+
+def _data_uri(png: bytes) -> str:
+    """A picture for the page, as JPEG where a PNG would be big."""
+    if len(png) < BIG_PICTURE:
+        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _pictures(folder: RunFolder) -> list[tuple[str, str]]:
+    """(name, data URI) of the pictures at the top of the run folder."""
+    files = sorted(folder.path.glob("*.png"))[:MOST_PICTURES]
+    return [(file.stem.replace("_", " "), _data_uri(file.read_bytes())) for file in files]
 
 
 def _figures(folder: RunFolder) -> list[tuple[str, str]]:

@@ -13,9 +13,9 @@ from flagdit.config.schema import ModelConfig, Recipe
 from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
+from flagdit.generate.pipeline import weights_group
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.initialize import initialize
-from flagdit.model.sizes import resolve
 from flagdit.train.display import Display
 from flagdit.train.ema import Emas
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
@@ -33,6 +33,7 @@ class Run:
 
     Attributes:
         model_config: the model's shape with its named size applied.
+        content: names the data set by what is in it.
         null_text_LY: features of the empty caption; None for models without text.
         step: optimizer steps done, skipped ones included; also the number of the next global batch.
     """
@@ -40,6 +41,7 @@ class Run:
     recipe: Recipe
     folder: RunFolder
     model_config: ModelConfig
+    content: str
     engine: Engine
     emas: Emas
     objective: FlowMatching
@@ -59,9 +61,8 @@ class Run:
     def averaged(self, index: int) -> tuple[str, Tensors]:
         """The weights to look at, with their name: an average by its place in train.ema_decays, or the raw ones for -1
         and for runs without averages."""
-        if index < 0 or not self.emas:
-            return "raw weights", self.engine.weights()
-        return self.emas.group(index), self.emas[index]
+        group = weights_group(self.recipe, index)
+        return ("raw weights", self.engine.weights()) if group == "model" else (group, self.emas[index])
 
     def save(self) -> None:
         """Writes a checkpoint of this step, then removes the oldest beyond checkpoint.keep.
@@ -72,6 +73,7 @@ class Run:
         state = {
             "batch": self.step,
             "recipe": recipe_hash(self.recipe),
+            "data": self.content,
             "guard": self.guard.state(),
             "meter": self.meter.state(),
         }
@@ -83,12 +85,19 @@ class Run:
 
         Raises:
             CheckpointError: the checkpoint belongs to another recipe.
+            RecipeError: the data set is not the one that the run was trained on.
         """
         if checkpoint.state["recipe"] != recipe_hash(self.recipe):
             raise CheckpointError(
                 "the checkpoint was made with another recipe than the run folder's recipe.yaml",
                 where=str(self.folder.path),
                 fix="Restore the recipe.yaml that belongs to these checkpoints.",
+            )
+        if checkpoint.state["data"] != self.content:
+            raise RecipeError(
+                f"data.path={self.recipe.data.path} holds another data set than the one this run was trained on",
+                where=str(self.folder.path),
+                fix="Give the folder of that data set, or give the new run another name with name=….",
             )
         self.engine.load(checkpoint.tensors)
         self.emas.load(checkpoint.tensors)
@@ -106,8 +115,7 @@ def build(recipe: Recipe, folder: RunFolder, display: Display) -> Run:
     """
     device = device_of(recipe)
     dataset = Dataset.open(recipe.data.path)
-    model_config = resolve(recipe.model)
-    model = FlagDiT(model_config)
+    model = FlagDiT(recipe.model)
     initialize(model, recipe.seed)
     engine = LocalEngine(model, recipe.optimizer, device, DTYPES[recipe.train.precision])
     if recipe.train.compile:
@@ -116,7 +124,8 @@ def build(recipe: Recipe, folder: RunFolder, display: Display) -> Run:
     return Run(
         recipe=recipe,
         folder=folder,
-        model_config=model_config,
+        model_config=model.cfg,
+        content=dataset.info["content"],
         engine=engine,
         emas=Emas(engine.weights(), recipe.train.ema_decays, recipe.train.ema_warmup),
         objective=FlowMatching(recipe.flow),

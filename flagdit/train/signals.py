@@ -21,8 +21,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._owner = os.getpid()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return  # a forked loader worker; its parent decides
         if self.signal is not None:
             # A progress bar may have hidden the cursor; nothing else is worth the wait.
             if os.isatty(1):

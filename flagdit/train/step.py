@@ -47,7 +47,7 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
         per_sample.append(loss.per_sample_S)
 
     mean, norm = torch.stack([engine.total(total), engine.grad_norm().to(total)]).tolist()
-    bad = run.guard.verdict(mean, norm)
+    bad = run.guard.verdict(mean, norm) if batches else "no sample of the batch can be read"
     if bad is None:
         engine.step(lr)
         run.emas.update(run.step)

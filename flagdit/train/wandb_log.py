@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from flagdit.config.load import recipe_to_dict
+from flagdit.config.keys import flatten
 from flagdit.config.schema import Recipe
 from flagdit.errors import RecipeError
 from flagdit.train.folder import RunFolder
@@ -41,7 +41,7 @@ class WandbLog:
                 resume="allow" if online else None,
                 mode="online" if online else "offline",
                 dir=str(folder.path),
-                config=recipe_to_dict(recipe),
+                config=flatten(recipe),
                 settings=settings,
             )
         except wandb.Error as error:
