@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `flagdit --help` answers at onc
 
 from __future__ import annotations
 
+import errno
 import json
 import runpy
 import sys
@@ -16,15 +17,28 @@ import typer
 from flagdit import __version__
 from flagdit.errors import FlagDiTError, RecipeError
 
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of the operating system that are no fault of the program."""
+
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="Recipe keys to change: model.dim=256 train.steps=500.")]
 RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as quickstart.")]
+MaxBad = Annotated[float, typer.Option(help="Share of unusable samples above which the command fails.")]
 RunFolder = Annotated[Path, typer.Argument(help="The run folder, such as runs/quickstart.")]
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-app = typer.Typer(help="Pretrain diffusion transformers of any modality.", add_completion=False, **PLAIN)
-data_app = typer.Typer(help="Build, encode and inspect data sets.", **PLAIN)
-build_app = typer.Typer(help="Pack pictures and captions into a raw data set.", **PLAIN)
-recipe_app = typer.Typer(help="Look at recipes.", **PLAIN)
+app = typer.Typer(
+    help="Pretrain diffusion transformers of any modality.\n\n\b\nExample:\n  flagdit train quickstart",
+    add_completion=False,
+    **PLAIN,
+)
+data_app = typer.Typer(
+    help="Build, encode and inspect data sets.\n\n\b\nExample:\n  flagdit data stats data/quickstart/encoded", **PLAIN
+)
+build_app = typer.Typer(
+    help="Pack pictures and captions into a data set.\n\n\b\nExample:\n  flagdit data build emoji data/emoji --size 64",
+    **PLAIN,
+)
+recipe_app = typer.Typer(help="Look at recipes.\n\n\b\nExample:\n  flagdit recipe show quickstart", **PLAIN)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 data_app.add_typer(build_app, name="build")
@@ -32,9 +46,13 @@ data_app.add_typer(build_app, name="build")
 
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Train a recipe; the same command continues a run that was stopped.
+    """Train a recipe, or continue its run.
 
-    Example: flagdit train quickstart name=wider model.dim=192
+    The same command continues a run that was stopped or killed.
+
+    \b
+    Example:
+      flagdit train quickstart name=wider model.dim=192
     """
     from flagdit.config.load import load_recipe
     from flagdit.train.loop import train as run
@@ -56,44 +74,79 @@ def sample(
     seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the noise.")] = None,
     ema: Annotated[Optional[int], typer.Option(min=-1, help="Average to use, from 0; -1: the raw weights.")] = None,
     step: Annotated[Optional[int], typer.Option(help="Checkpoint to use; the newest if not given.")] = None,
+    frames: Annotated[
+        Optional[int], typer.Option(min=1, help="Frames or views, for modalities that have them.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from different noise.")] = 1,
     out: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
-    separate: Annotated[bool, typer.Option("--separate", help="Write a file for each picture.")] = False,
-    zoom: Annotated[int, typer.Option(min=1, help="Repeat pixels, to see small pictures.")] = 1,
+    separate: Annotated[bool, typer.Option("--separate", help="A file for each picture instead of one sheet.")] = False,
+    captions: Annotated[bool, typer.Option("--captions", help="Write each prompt under its picture.")] = False,
 ) -> None:
     """Sample pictures from a run. What is not given is as the recipe's `sample` block says.
 
-    Example: flagdit sample runs/quickstart --prompt "a Twemoji emoji of trophy" --size 48x32 --steps 20 --out grid.png
+    \b
+    Example:
+      flagdit sample runs/quickstart --prompt "a Twemoji emoji of trophy" --size 48x32 --steps 20 --out grid.png
     """
     from flagdit.generate.sample import read_prompts, sample_to_files
 
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
     if prompts and label:
         raise RecipeError("--prompt and --label exclude each other", fix="A model follows text or classes.")
-    settings = {"steps": steps, "solver": solver, "guidance": guidance, "shift": shift, "seed": seed}
+    settings = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "shift": shift,
+        "seed": seed,
+        "frames": frames,
+    }
     files = sample_to_files(
-        run, prompts or label or [], out, sizes=size or [], step=step, ema=ema, separate=separate, zoom=zoom, **settings
+        run,
+        prompts or label or [],
+        out,
+        sizes=size or [],
+        repeat=repeat,
+        step=step,
+        ema=ema,
+        separate=separate,
+        captions=captions,
+        settings=settings,
     )
     typer.echo("\n".join(str(file) for file in files))
 
 
 @app.command()
-def evaluate(run: RunFolder) -> None:
-    """Draw every caption of the run's data set and see whether the nearest real picture is the right one.
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Optional[str], typer.Option(help="Data set; the one of the run if not given.")] = None,
+    limit: Annotated[
+        Optional[int], typer.Option(min=1, help="Captions of each split to draw; all if not given.")
+    ] = None,
+) -> None:
+    """Measure whether pictures are what was asked for.
 
-    Writes figures.json and side-by-side sheets into the run folder.
+    Draws every caption of the run's data set and looks for the nearest real picture, by L2 in pixels, among all of
+    them: is it the one that the caption belongs to? Writes figures.json and side-by-side sheets into the run folder.
 
-    Example: flagdit evaluate runs/quickstart
+    \b
+    Example:
+      flagdit evaluate runs/quickstart
     """
     from flagdit.generate.evaluate import evaluate_run
 
-    typer.echo(json.dumps(evaluate_run(run)))
+    typer.echo(json.dumps(evaluate_run(run, data=data, most=limit)))
 
 
 @app.command()
 def report(run: RunFolder) -> None:
-    """Write RUN/report.html: curves, pictures over time, figures, recipe and environment on one page.
+    """Write RUN/report.html, one page about a run.
 
-    Example: flagdit report runs/quickstart
+    It holds curves, pictures over time, figures, the recipe and the environment, and needs no other file.
+
+    \b
+    Example:
+      flagdit report runs/quickstart
     """
     from flagdit.train.report import write_report
 
@@ -110,18 +163,23 @@ def build_emoji(
     holdout: Annotated[float, typer.Option(help="Share of (subject, style) pairs that training never sees.")] = 0.0,
     aspects: Annotated[str, typer.Option(help="Shapes of the canvas, comma-separated: 1:1, 3:2, 2:3.")] = "1:1",
     seed: Annotated[int, typer.Option(help="Chooses subjects and held-out pairs.")] = 0,
+    max_bad: MaxBad = 0.1,
     shard_samples: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
 ) -> None:
-    """Emoji with their names as captions, in one or two drawing styles, from installed packages.
+    """Pack emoji, with their names as captions.
 
-    Example: flagdit data build emoji data/emoji --size 64 --styles twemoji,openmoji --aspects 1:1,3:2,2:3
+    They come from installed packages, in one or two drawing styles.
+
+    \b
+    Example:
+      flagdit data build emoji data/emoji --size 64 --styles twemoji,openmoji --aspects 1:1,3:2,2:3
     """
     from flagdit.data_pipelines.build import build_dataset
 
     options: dict[str, Any] = {"size": size, "multiple": multiple, "limit": limit, "holdout": holdout, "seed": seed}
     options |= {"styles": styles.split(","), "aspects": aspects.split(",")}
-    build_dataset("emoji", out, shard_samples=shard_samples, overwrite=overwrite, **options)
+    build_dataset("emoji", out, shard_samples=shard_samples, max_bad=max_bad, overwrite=overwrite, **options)
 
 
 @build_app.command("folder")
@@ -134,13 +192,17 @@ def build_folder(
     multiple: Annotated[int, typer.Option(help="Rows and columns are multiples of this; 0: by the size.")] = 0,
     holdout: Annotated[float, typer.Option(help="Share of pictures that training never sees.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Chooses the held-out pictures.")] = 0,
-    max_bad: Annotated[float, typer.Option(help="Share of unusable pictures above which the build fails.")] = 0.1,
+    max_bad: MaxBad = 0.1,
     shard_samples: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
 ) -> None:
-    """Your own pictures, each with its caption; aspect ratios are kept.
+    """Pack your own pictures and captions.
 
-    Example: flagdit data build folder data/mine --from ~/pictures --size 256
+    Aspect ratios are kept.
+
+    \b
+    Example:
+      flagdit data build folder data/mine --from ~/pictures --size 256
     """
     from flagdit.data_pipelines.build import build_dataset
 
@@ -154,23 +216,44 @@ def encode(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     recipe: Annotated[str, typer.Option(help="Its codec and text blocks say how.")],
     overrides: Overrides = None,
+    dtype: Annotated[
+        str, typer.Option(help="On disk: fp32, fp16; auto: fp16 for what a folder's model makes.")
+    ] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one. Each holds the models.")] = 0,
+    device: Annotated[str, typer.Option(help="Of the models: cpu, cuda; auto: cuda where there is one.")] = "auto",
+    max_bad: MaxBad = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
 ) -> None:
-    """Turn pictures into latents and captions into text features; a stopped encode continues.
+    """Encode pictures and captions for training.
 
-    Example: flagdit data encode data/emoji data/emoji_encoded --recipe quickstart codec.kind=haar
+    Pictures become latents and captions text features, as the recipe says. A stopped encode continues.
+
+    \b
+    Example:
+      flagdit data encode data/emoji data/emoji_encoded --recipe quickstart
     """
     from flagdit.config.load import load_recipe
     from flagdit.data_pipelines.encode import encode_dataset
 
-    encode_dataset(src, out, load_recipe(recipe, overrides or []), overwrite=overwrite)
+    encode_dataset(
+        src,
+        out,
+        load_recipe(recipe, overrides or []),
+        dtype=dtype,
+        workers=workers,
+        device=device,
+        max_bad=max_bad,
+        overwrite=overwrite,
+    )
 
 
 @data_app.command("stats")
 def stats(path: Annotated[Path, typer.Argument(help="A raw or encoded data set.")]) -> None:
-    """Count samples, sizes, aspect ratios, tokens and caption lengths.
+    """Show what is in a data set, as JSON.
 
-    Example: flagdit data stats data/emoji_encoded
+    \b
+    Example:
+      flagdit data stats data/emoji_encoded
     """
     from flagdit.data_pipelines.stats import describe
 
@@ -179,9 +262,13 @@ def stats(path: Annotated[Path, typer.Argument(help="A raw or encoded data set."
 
 @recipe_app.command("show")
 def show(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Print every key of a recipe, after its bases and overrides, with its meaning.
+    """Print every key of a recipe with its meaning.
 
-    Example: flagdit recipe show quickstart model.dim=256
+    Bases and overrides are applied.
+
+    \b
+    Example:
+      flagdit recipe show quickstart model.dim=256
     """
     from flagdit.config.load import load_recipe, to_yaml
 
@@ -190,9 +277,13 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A script of benchmarks/.")]) -> None:
-    """Run a benchmark of a source checkout; its last line is one JSON object.
+    """Run a benchmark of a source checkout.
 
-    Example: flagdit bench model_cpu
+    Its last line is one JSON object.
+
+    \b
+    Example:
+      flagdit bench model_cpu
     """
     script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
     if not script.is_file():
@@ -211,11 +302,19 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one paragraph and exit code 2, not a traceback."""
+    """Entry point: a user's mistake or a full disk is one paragraph and exit code 2, not a traceback."""
     try:
         app()
     except FlagDiTError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        fail(f"{error.filename or 'a file'} cannot be written or read: {error.strerror}.")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def fail(text: str) -> None:
+    typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
+    sys.exit(2)

@@ -29,10 +29,10 @@ from flagdit.flow.guidance import guided_velocity
 from flagdit.flow.noise import draw_noise
 from flagdit.flow.solver import integrate
 from flagdit.model.flag_dit import FlagDiT, Inference
-from flagdit.model.tokens import TokenSpec, num_tokens, pack, unpack
+from flagdit.model.tokens import TokenSpec, modality_of, num_tokens, pack, unpack
 
 Condition = str | int
-"""What to make: a prompt, or a class id for class-conditioned models."""
+"""What to make: a prompt, or a class id for class-conditioned models (its digits as text will do)."""
 
 
 class Progress(Protocol):
@@ -64,13 +64,25 @@ class Pipeline:
         """Adds the recipe's codec and text encoder to a model.
 
         Raises:
-            RecipeError: a folder of theirs is missing or of another kind.
+            RecipeError: a folder of theirs is missing or of another kind, or what is in it does not suit the model.
         """
         device = next(model.parameters()).device
         codec = build_codec(recipe.codec).to(device)
-        if not recipe.model.text_dim:
+        channels = model.cfg.modalities.get(recipe.sample.modality, codec.channels)
+        if channels != codec.channels:
+            raise RecipeError(
+                f"the codec makes latents of {codec.channels} channels, but model.modalities."
+                f"{recipe.sample.modality}={channels}",
+                fix="Use the codec that the model was trained with.",
+            )
+        if not model.cfg.text_dim:
             return cls(model, recipe, codec, None, None)
         encoder = build_text_encoder(recipe.text).to(device)
+        if encoder.dim != model.cfg.text_dim:
+            raise RecipeError(
+                f"the text encoder's features are {encoder.dim} wide, but model.text_dim={model.cfg.text_dim}",
+                fix="Use the text encoder that the model was trained with, or set model.text_dim.",
+            )
         return cls(model, recipe, codec, encoder, encoder.encode([""])[0])
 
     def generate(
@@ -89,7 +101,7 @@ class Pipeline:
         A sample is a function of (cfg.seed, its id) and its condition, whatever is sampled beside it, up to rounding.
 
         Args:
-            conditions: prompts, or class ids.
+            conditions: prompts, or class ids; models without conditions ignore them.
             cfg: size, solver, guidance and seed.
             sizes: (width, height) in pixels for each condition; None: cfg.size for all.
             first_id: id of the first sample, the others follow; ids decide the noise.
@@ -101,23 +113,21 @@ class Pipeline:
             Pixels (3, F, H, W) in [−1, 1], fp32 on the CPU, one per condition.
 
         Raises:
-            RecipeError: a size or condition that the model cannot make.
+            RecipeError: a size, a number of frames or a condition that the model cannot make.
         """
         spec = TokenSpec.from_model(self.model.cfg)
         sizes = sizes or [parse_size(cfg.size)] * len(conditions)
-        segments = [
-            Segment(first_id + i, cfg.modality, self.latent_shape(size, cfg.frames, cfg.modality))
-            for i, size in enumerate(sizes)
-        ]
+        shapes = [self.latent_shape(size, cfg.frames, cfg.modality) for size in sizes]
+        segments = [Segment(first_id + i, cfg.modality, shape) for i, shape in enumerate(shapes)]
         halves = 1 if cfg.guidance == 1 else 2
         costs = [halves * num_tokens(s.shape, s.modality, spec) for s in segments]
-        features = self._features(conditions)
+        features, labels = self._features(conditions), self._labels(conditions)
         pixels: list[Tensor] = []
-        for part in _split(costs, pack_tokens):
+        for part in split(costs, pack_tokens):
             latents = self._sample(
                 segments[part],
-                conditions[part],
-                None if features is None else features[part],
+                None if features is None else PackedText.pack(features[part]),
+                None if labels is None else labels[part],
                 cfg,
                 inference,
                 None if on_step is None else partial(on_step, finished=len(pixels)),
@@ -132,7 +142,8 @@ class Pipeline:
             size: (width, height).
 
         Raises:
-            RecipeError: the model has no such modality, or the size is not a multiple of codec factor × patch.
+            RecipeError: the model has no such modality, it has no frames, or the size is not a multiple of codec factor
+                × patch.
         """
         cfg = self.model.cfg
         if modality not in cfg.modalities:
@@ -140,6 +151,8 @@ class Pipeline:
                 f"sample.modality={modality} is not one of this model's ({', '.join(cfg.modalities)})",
                 fix="Sample one of those.",
             )
+        if frames != 1 and not modality_of(modality).has_frames:
+            raise RecipeError(f"sample.frames={frames} for {modality}, which has no frames", fix="Set it to 1.")
         step = self.codec.factor * cfg.patch_size
         width, height = size
         if width % step or height % step:
@@ -153,41 +166,48 @@ class Pipeline:
         return (cfg.modalities[modality], frames, height // self.codec.factor, width // self.codec.factor)
 
     def _features(self, conditions: Sequence[Condition]) -> list[Tensor] | None:
-        wanted, name = (str, "a prompt") if self.text_encoder else (int, "a class id")
-        wrong = [c for c in conditions if not isinstance(c, wanted)]
-        if wrong and (self.text_encoder or self.model.cfg.num_classes):
-            raise RecipeError(f"this model is asked with {name}, not with {wrong[0]!r}")
-        if self.model.cfg.num_classes and not all(0 <= int(c) < self.model.cfg.num_classes for c in conditions):
-            raise RecipeError(f"class ids of this model go from 0 to {self.model.cfg.num_classes - 1}")
-        return self.text_encoder.encode([str(c) for c in conditions]) if self.text_encoder else None
+        """(L, Y) text features of every prompt; None for models without text."""
+        if self.text_encoder is None:
+            return None
+        prompts = [c for c in conditions if isinstance(c, str)]
+        if len(prompts) < len(conditions):
+            raise RecipeError("this model follows prompts, not class ids", fix="Give --prompt instead of --label.")
+        return self.text_encoder.encode(prompts)
 
-    @torch.inference_mode()
+    def _labels(self, conditions: Sequence[Condition]) -> list[int] | None:
+        """Class ids; None for models without classes."""
+        classes = self.model.cfg.num_classes
+        if not classes:
+            return None
+        for c in conditions:
+            if not str(c).isdecimal() or int(c) >= classes:
+                raise RecipeError(
+                    f"{c!r} is not a class id: this model follows class ids from 0 to {classes - 1}",
+                    fix="Give --label with such an id.",
+                )
+        return [int(c) for c in conditions]
+
+    # Not inference mode: what it makes may live on in caches that training shares.
+    @torch.no_grad()
     def _sample(
         self,
         segments: Sequence[Segment],
-        conditions: Sequence[Condition],
-        features: Sequence[Tensor] | None,
+        text: PackedText | None,
+        labels: Sequence[int] | None,
         cfg: SampleConfig,
         inference: Inference | None,
         on_step: Callable[[int], None] | None,
     ) -> list[Tensor]:
         """Latents of one pack."""
         spec = TokenSpec.from_model(self.model.cfg)
-        classes = self.model.cfg.num_classes
-        batch = pack(
-            segments,
-            None,
-            spec,
-            text=None if features is None else PackedText.pack(features),
-            labels=[int(c) for c in conditions] if classes else None,
-        ).to(next(self.model.parameters()).device)
+        batch = pack(segments, None, spec, text=text, labels=labels).to(next(self.model.parameters()).device)
         velocity = guided_velocity(
             self.model,
             batch,
             scale=cfg.guidance,
             channels=cfg.guidance_channels,
             null_text_LY=self.null_text_LY,
-            null_label=classes,
+            null_label=self.model.cfg.num_classes,
             inference=inference,
         )
         solution = integrate(
@@ -203,22 +223,27 @@ class Pipeline:
         return unpack(solution.x, segments, spec)
 
 
-def load_pipeline(run_dir: str | Path, *, step: int | None = None, ema: int | None = None) -> Pipeline:
+def load_pipeline(
+    run_dir: str | Path, *, step: int | None = None, ema: int | None = None, device: torch.device | str | None = None
+) -> Pipeline:
     """The model of a run, ready to sample.
 
     Args:
         run_dir: the run folder.
         step: of the checkpoint; None: the newest.
         ema: which of train.ema_decays; −1: the raw weights; None: as the recipe's sample.ema says.
+        device: None: as the recipe's train.device says, the CPU where there is no GPU.
 
     Raises:
-        CheckpointError: no run, no checkpoint, or no such average in it.
+        CheckpointError: no run, no checkpoint, or a damaged one.
+        RecipeError: no such average, or a codec or text encoder that cannot be loaded.
     """
     run_dir = Path(run_dir)
     recipe = load_run_recipe(run_dir)
     group = weights_group(recipe, recipe.sample.ema if ema is None else ema)
     weights = store.load(store.find(run_dir, step), groups=[group]).tensors[group]
-    on_gpu = torch.cuda.is_available() and recipe.train.device != "cpu"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and recipe.train.device != "cpu" else "cpu"
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with torch.device("meta"):
         model = FlagDiT(recipe.model)
@@ -230,7 +255,7 @@ def load_pipeline(run_dir: str | Path, *, step: int | None = None, ema: int | No
             where=str(run_dir),
             fix="Restore the recipe.yaml that the run was trained with.",
         ) from None
-    model = model.to("cuda" if on_gpu else "cpu", dtype).eval().requires_grad_(False)
+    model = model.to(device, dtype).eval().requires_grad_(False)
     return Pipeline.build(model, recipe)
 
 
@@ -245,7 +270,7 @@ def load_run_recipe(run_dir: Path) -> Recipe:
     try:
         exists = path.is_file()
     except OSError as error:
-        raise CheckpointError(f"the run folder cannot be read: {error}", where=str(run_dir)) from None
+        raise CheckpointError(f"the run folder cannot be read: {error.strerror}", where=str(run_dir)) from None
     if not exists:
         raise CheckpointError(
             "there is no run here" if run_dir.is_dir() else "there is no such folder",
@@ -273,8 +298,10 @@ def weights_group(recipe: Recipe, ema: int) -> str:
     return f"ema_{decays[ema]}"
 
 
-def _split(costs: Sequence[int], budget: int) -> list[slice]:
+def split(costs: Sequence[int], budget: int) -> list[slice]:
     """Neighbours together as long as they fit the budget; at least one each."""
+    if not costs:
+        return []
     parts, start, total = [], 0, 0
     for i, cost in enumerate(costs):
         if i > start and total + cost > budget:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 from flagdit.config.validate import parse_size
 from flagdit.errors import RecipeError
-from flagdit.generate.images import grid, to_image
+from flagdit.generate.images import check_name, grid, save_image, to_image, zoom_for
 from flagdit.generate.pipeline import Condition, Progress, load_pipeline
 
 
@@ -24,11 +21,12 @@ def sample_to_files(
     out: Path,
     *,
     sizes: Sequence[str] = (),
+    repeat: int = 1,
     step: int | None = None,
     ema: int | None = None,
     separate: bool = False,
-    zoom: int = 1,
-    **settings: Any,
+    captions: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Samples from a run and writes pictures.
 
@@ -37,23 +35,24 @@ def sample_to_files(
         conditions: prompts, or class ids of class-conditioned models; none: the recipe's sample.prompts.
         out: a picture file; with `separate`, its name gets the number of each picture.
         sizes: "WIDTHxHEIGHT", one for all or one for each; none: the recipe's sample.size.
+        repeat: pictures of each condition, from different noise.
         step, ema: which weights; see `load_pipeline`.
-        separate: a file for each picture instead of one sheet.
-        zoom: repeat pixels on the sheet.
+        separate: a file for each picture, at its own size, instead of one sheet that enlarges small ones.
+        captions: write each condition under its picture, on the sheet.
         settings: keys of the recipe's `sample` block that replace its values; None leaves one as it is.
 
     Returns:
         The files.
 
     Raises:
-        RecipeError: prompts, sizes or settings that cannot be met.
+        RecipeError: prompts, sizes or settings that cannot be met, or a file that cannot be written.
         CheckpointError: the run cannot be read.
     """
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise RecipeError(f"{out} is not a picture file", where="--out", fix="End it in .png, .jpg or .webp.")
+    check_name(out)
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
-    cfg = replace(pipeline.recipe.sample, **{k: v for k, v in settings.items() if v is not None})
-    conditions = list(conditions) or list(cfg.prompts)
+    model = pipeline.model.cfg
+    cfg = replace(pipeline.recipe.sample, **{k: v for k, v in (settings or {}).items() if v is not None})
+    conditions = list(conditions) or list(cfg.prompts) or ([] if model.text_dim or model.num_classes else [""])
     if not conditions:
         raise RecipeError("there is nothing to sample", fix="Give --prompt, --prompt-file or --label.")
     if len(sizes) > 1 and len(sizes) != len(conditions):
@@ -64,16 +63,18 @@ def sample_to_files(
         )
     given = [parse_size(text) for text in sizes or [cfg.size]]
     each = given if len(given) == len(conditions) else given * len(conditions)
+    conditions = [c for c in conditions for _ in range(repeat)]
+    each = [size for size in each for _ in range(repeat)]
     with steps_shown("sampling", len(conditions), cfg.steps) as on_step:
         pixels = pipeline.generate(conditions, cfg, sizes=each, on_step=on_step)
     images = [to_image(p) for p in pixels]
-    out.parent.mkdir(parents=True, exist_ok=True)
     if not separate:
-        grid(images, zoom=zoom).save(out)
+        texts = [str(c) for c in conditions] if captions else None
+        save_image(grid(images, zoom=zoom_for(images), gap=4, captions=texts), out)
         return [out]
     files = [out.with_name(f"{out.stem}_{i:04d}{out.suffix}") for i in range(len(images))]
     for image, file in zip(images, files, strict=True):
-        grid([image], zoom=zoom).save(file)
+        save_image(image, file)
     return files
 
 
@@ -84,9 +85,10 @@ def read_prompts(file: Path) -> list[str]:
         RecipeError: no such file, not UTF-8, or no prompt in it.
     """
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the prompt file cannot be read: {error}", where=str(file)) from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"the prompt file cannot be read: {why}", where=str(file)) from error
     if not prompts:
         raise RecipeError("the prompt file is empty", where=str(file), fix="Write one prompt per line.")
     return prompts
@@ -98,6 +100,9 @@ def steps_shown(what: str, samples: int, steps: int) -> Iterator[Progress | None
     if not sys.stdout.isatty():
         yield None
         return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with Bar(*columns, transient=True) as bar:
         task = bar.add_task(what, total=samples * steps, text="")
