@@ -16,6 +16,7 @@ from flagdit.generate.sample import sample_to_files
 from flagdit.train.loop import train
 
 CONFIG_AREA = str(Path(schema.__file__).parent)
+PACKAGE = str(Path(schema.__file__).parents[1])
 BOOKKEEPING = ("recipe_hash", "check", "describe", "<dictcomp>", "asdict", "replace", "__eq__", "__repr__", "__hash__")
 """Functions that read all keys alike, to compare or show them: not a use."""
 
@@ -31,10 +32,9 @@ def reads(monkeypatch):
         def spy(self, name, names=names, block=block):
             if name in names:
                 code = sys._getframe(1).f_code
-                if "/flagdit/" in code.co_filename or code.co_filename.startswith(str(Path(CONFIG_AREA).parents[1])):
-                    outside = not code.co_filename.startswith(CONFIG_AREA) and "/tests/" not in code.co_filename
-                    if outside and code.co_name not in BOOKKEEPING:
-                        found.add((block.__name__, name))
+                ours = code.co_filename.startswith(PACKAGE) and not code.co_filename.startswith(CONFIG_AREA)
+                if ours and code.co_name not in BOOKKEEPING:
+                    found.add((block.__name__, name))
             return object.__getattribute__(self, name)
 
         monkeypatch.setattr(block, "__getattribute__", spy)
