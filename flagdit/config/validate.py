@@ -76,6 +76,13 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def sizes_near(width: int, height: int, unit: int) -> str:
+    """The sizes below and above whose sides are multiples of `unit`, for messages: "48x32 or 56x32"."""
+    below = f"{max(width // unit, 1) * unit}x{max(height // unit, 1) * unit}"
+    above = f"{-(-width // unit) * unit}x{-(-height // unit) * unit}"
+    return " or ".join(dict.fromkeys([below, above]))
+
+
 def _single_keys(recipe: Recipe) -> Iterator[Problem]:
     values = flatten(recipe)
     for key in all_keys().values():
@@ -285,6 +292,15 @@ def _validation(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("validation.timesteps",), f"validation.timesteps={times} must be times from 0 to below 1")
 
 
+def _grids(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.sample.every and not recipe.sample.prompts:
+        yield Problem(
+            ("sample.prompts", "sample.every"),
+            f"sample.every={recipe.sample.every} asks for picture grids, and sample.prompts is empty; name some "
+            "prompts or set sample.every=0",
+        )
+
+
 def _positive(recipe: Recipe) -> Iterator[Problem]:
     values = flatten(recipe)
     names = ["flow.shift", "sample.shift"]
@@ -306,11 +322,11 @@ def _sample_size(recipe: Recipe) -> Iterator[Problem]:
         return
     unit = factor * recipe.model.patch_size
     if width % unit or height % unit:
-        good = "x".join(str(max(round(n / unit), 1) * unit) for n in (width, height))
         because = f"model.patch_size={recipe.model.patch_size}" + (f" · codec.factor={factor}" if factor > 1 else "")
         yield Problem(
             ("sample.size", "model.patch_size", "codec.factor", "codec.kind"),
-            f"sample.size={recipe.sample.size} must be a multiple of {unit} pixels ({because}); try {good}",
+            f"sample.size={recipe.sample.size} must be a multiple of {unit} pixels ({because}); "
+            f"try {sizes_near(width, height, unit)}",
         )
 
 
@@ -356,6 +372,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _schedule,
     _rates,
     _validation,
+    _grids,
     _positive,
     _sample_size,
 )

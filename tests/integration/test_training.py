@@ -302,3 +302,28 @@ def test_objective_is_told_the_global_count(tiny, monkeypatch):
         losses += objective.loss(run.engine.model, *drawn).per_sample_S.tolist()
     result = step_module.take_step(run, batches, 0.0)
     assert result.loss == pytest.approx(sum(losses) / 7, rel=1e-6) and result.samples == 7
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
+def test_compiled_blocks_give_the_same_losses(tiny, monkeypatch):
+    """Traced as for a GPU, without the minutes that generating code takes here."""
+    import functools
+
+    traced = []
+
+    def trace(function, **keys):
+        traced.append(function)
+        return compile_(function, backend="eager")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.wraps(compile_)(trace))
+    runs = {}
+    for on in (False, True):
+        torch.compiler.reset()
+        folder = train(tiny(name=f"compile_{on}", train__compile=on, train__steps=2, sample__every=2,
+                            sample__prompts="[a]"))  # fmt: skip
+        runs[on] = ([line["loss"] for line in lines(folder / "metrics.jsonl")], tensors(folder, 2))
+    assert len(traced) == 2  # one per block
+    assert runs[True][0] == pytest.approx(runs[False][0], rel=1e-6)
+    for name, t in runs[False][1].items():
+        torch.testing.assert_close(runs[True][1][name], t, rtol=1e-3, atol=1e-5)

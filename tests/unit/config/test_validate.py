@@ -68,12 +68,14 @@ BAD = [
     ({"sample__ema": 1}, "sample.ema=1", "use 0 to 0, or -1"),
     ({"validation__timesteps": [1.0]}, "validation.timesteps=[1.0]", "below 1"),
     ({"validation__timesteps": []}, "validation.timesteps=[]", "below 1"),
+    ({"sample__every": 5}, "sample.every=5 asks for picture grids", "name some prompts"),
+    ({"sample__every": 10}, "sample.prompts is empty", "sample.every=0"),
     ({"sample__size": "24"}, "sample.size='24'", "WIDTHxHEIGHT"),
-    ({"sample__size": "25x24"}, "sample.size=25x24 must be a multiple of 2 pixels", "try 24x24"),
+    ({"sample__size": "25x24"}, "sample.size=25x24 must be a multiple of 2 pixels", "try 24x24 or 26x24"),
     (
         {"sample__size": "50x20", "codec__kind": "haar", "codec__factor": 8, "model__modalities": {"image": 192}},
         "must be a multiple of 16 pixels (model.patch_size=2 · codec.factor=8)",
-        "try 48x16",
+        "try 48x16 or 64x32",
     ),
 ]
 
