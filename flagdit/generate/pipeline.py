@@ -23,7 +23,7 @@ from flagdit.codecs.latents import Codec, build_codec
 from flagdit.codecs.text import TextEncoder, build_text_encoder
 from flagdit.config.load import load_recipe
 from flagdit.config.schema import Recipe, SampleConfig
-from flagdit.config.validate import parse_size
+from flagdit.config.validate import parse_size, sizes_near
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.guidance import guided_velocity
 from flagdit.flow.noise import draw_noise
@@ -156,12 +156,11 @@ class Pipeline:
         step = self.codec.factor * cfg.patch_size
         width, height = size
         if width % step or height % step:
-            near = "x".join(str(max(step, round(n / step) * step)) for n in size)
             raise RecipeError(
                 f"a size of {width}x{height} cannot be sampled: width and height must be multiples of {step} pixels "
                 f"(codec factor {self.codec.factor} × model.patch_size {cfg.patch_size})",
                 where="sample.size",
-                fix=f"Try {near}.",
+                fix=f"Try {sizes_near(width, height, step)}.",
             )
         return (cfg.modalities[modality], frames, height // self.codec.factor, width // self.codec.factor)
 

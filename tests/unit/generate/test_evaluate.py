@@ -1,0 +1,134 @@
+"""Retrieval: a model that draws the right pictures scores 1, one that draws others does not."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from flagdit.config.schema import Recipe
+from flagdit.data_pipelines.build import build_dataset
+from flagdit.data_pipelines.encode import encode_dataset
+from flagdit.data_pipelines.index import Dataset
+from flagdit.errors import DataError, RecipeError
+from flagdit.generate import evaluate
+from flagdit.generate.evaluate import evaluate_retrieval, evaluate_run, nearest
+from flagdit.generate.pipeline import Pipeline
+from flagdit.model.tokens import modality_of, patchify
+
+COUNT = 12
+
+
+def test_nearest_is_by_l2_among_pictures_of_the_same_size():
+    flat = [torch.full((3, 1, 2, 2), v) for v in (-1.0, 0.0, 0.5)] + [torch.zeros(3, 1, 2, 4)]
+    near = [torch.full((3, 1, 2, 2), v) for v in (-0.6, 0.2, 0.9)]
+    assert nearest(near, flat) == [0, 1, 2]
+    assert nearest([torch.ones(3, 1, 2, 4), torch.ones(3, 1, 9, 9)], flat) == [3, -1]
+    # one pixel far off counts more than many a little: L2, not L1
+    picture, little, far = torch.zeros(3, 1, 2, 2), torch.full((3, 1, 2, 2), 0.2), torch.zeros(3, 1, 2, 2)
+    far[0, 0, 0, 0] = 1.0
+    assert nearest([picture], [far, little]) == [1] and far.sum() < little.sum()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    """12 pictures of two sizes and 12 classes, some of them held out, encoded as pixels without text."""
+    root = tmp_path_factory.mktemp("retrieval")
+    (root / "src").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        shape = [(8, 8, 3), (4, 12, 3)][i % 2]
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / f"src/p{i:02d}.png")
+        (root / f"src/p{i:02d}.json").write_text(json.dumps({"caption": f"picture {i}", "label": i}))
+    build_dataset("folder", root / "raw", src=root / "src", size=8, multiple=4, holdout=0.3)
+    recipe = Recipe(model=replace(Recipe().model, text_dim=0, num_classes=COUNT))
+    return encode_dataset(root / "raw", root / "encoded", recipe)
+
+
+class Oracle(nn.Module):
+    """Knows the picture of every class: v = (x1 − x)/(1 − t), whose last Euler step arrives at it."""
+
+    def __init__(self, cfg, pictures):
+        super().__init__()
+        self.cfg, self.pictures = cfg, pictures
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t_S, batch, inference=None):
+        patch = modality_of("image").patch(self.cfg.patch_size)
+        known = torch.cat([patchify(self.pictures[int(label)], patch) for label in batch.labels_S])
+        return {"image": (known - x["image"]) / (1 - t_S[batch.layout.patch_segment["image"]])[:, None]}
+
+
+@pytest.fixture
+def oracle(class_recipe, dataset):
+    """A function: class → which class's picture is drawn → a pipeline."""
+
+    def make(draws=lambda label: label) -> Pipeline:
+        model = replace(class_recipe.model, num_classes=COUNT)
+        recipe = replace(class_recipe, model=model, sample=replace(class_recipe.sample, guidance=1.0, prompts=[]))
+        latents = {s.label: s.latent_CFHW for s in map(dataset.read, range(len(dataset)))}
+        pictures = {label: latents[draws(label)] for label in latents}
+        return Pipeline.build(Oracle(recipe.model, pictures), recipe)
+
+    return make
+
+
+def test_a_model_that_draws_what_is_asked_scores_one(oracle, dataset):
+    found = evaluate_retrieval(oracle(), dataset)
+    assert found.top1 == {"train": 1.0, "heldout": 1.0}
+    for split, ids in dataset.splits.items():
+        assert len(found.generated[split]) == len(ids) > 1
+        for drawn, real in zip(found.generated[split], found.references[split], strict=True):
+            torch.testing.assert_close(drawn, real, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_draws_other_pictures_scores_their_share(oracle, dataset):
+    heldout = {dataset.read(i).label for i in dataset.splits["heldout"]}
+    same_size = {label: (label + 2) % COUNT for label in range(COUNT)}
+    found = evaluate_retrieval(oracle(lambda label: same_size[label] if label in heldout else label), dataset)
+    assert found.top1 == {"train": 1.0, "heldout": 0.0}, "held-out pictures compete with those of training"
+
+
+def test_pictures_of_the_same_class_are_all_right(oracle, dataset, monkeypatch):
+    pipeline = oracle(lambda label: (label + 2) % COUNT)
+    monkeypatch.setattr(evaluate, "_condition", lambda sample, pipeline: sample.label)
+    assert evaluate_retrieval(pipeline, dataset).top1 == {"train": 0.0, "heldout": 0.0}
+    parity = evaluate._condition
+    monkeypatch.setattr(evaluate, "_condition", lambda sample, pipeline: parity(sample, pipeline) % 2)
+    pipeline.model.pictures = {k % 2: v for k, v in pipeline.model.pictures.items() if k < 2}
+    assert evaluate_retrieval(pipeline, dataset).top1 == {"train": 1.0, "heldout": 1.0}
+
+
+def test_a_part_of_the_captions_is_spread_over_the_split(oracle, dataset):
+    found = evaluate_retrieval(oracle(), dataset, most=2)
+    assert {k: len(v) for k, v in found.generated.items()} == {"train": 2, "heldout": 2}
+    assert evaluate._spread(range(10, 20), 5) == [10, 12, 14, 16, 18]
+    assert evaluate._spread(range(3), 7) == [0, 1, 2] and evaluate._spread(range(0), None) == []
+
+
+def test_what_cannot_be_evaluated_is_told(oracle, dataset, recipe, random_model):
+    bare = replace(recipe, model=replace(recipe.model, text_dim=0))
+    with pytest.raises(RecipeError, match="neither captions nor classes"):
+        evaluate_retrieval(Pipeline.build(random_model(bare), bare), dataset)
+    pipeline = oracle()
+    pipeline.codec.spec = lambda: {"kind": "other"}
+    with pytest.raises(DataError, match="--data"):
+        evaluate_retrieval(pipeline, dataset)
+
+
+def test_a_run_gets_figures_and_sheets(oracle, dataset, tmp_path, monkeypatch):
+    pipeline = oracle()
+    pipeline.recipe = replace(pipeline.recipe, data=replace(pipeline.recipe.data, path=str(dataset.path)))
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda run: pipeline)
+    figures = evaluate_run(tmp_path)
+    train, heldout = (len(dataset.splits[s]) for s in ("train", "heldout"))
+    assert figures == {"retrieval_top1": 1.0, "prompts": train, "heldout_top1": 1.0, "heldout_prompts": heldout}
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    sheet = np.asarray(Image.open(tmp_path / "retrieval_heldout.png"))
+    assert sheet.std() > 10 and Image.open(tmp_path / "retrieval_train.png").size[0] > 100
+    assert evaluate_run(tmp_path, data=str(dataset.path), most=1)["prompts"] == 1
+    with pytest.raises(DataError, match="no such folder"):
+        evaluate_run(tmp_path, data=str(tmp_path / "nowhere"))
