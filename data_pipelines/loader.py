@@ -1,0 +1,258 @@
+"""Encoded samples to packs, in the order of the run.
+
+The state of a loader is one integer: the number of the next global batch. Workers, prefetch and the point of a
+continuation change nothing of what a batch holds.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from flagdit.batch import PackedBatch, PackedText, Segment
+from flagdit.config.schema import Recipe
+from flagdit.data_pipelines.check import check_dataset, check_validation
+from flagdit.data_pipelines.index import Dataset, Encoded
+from flagdit.data_pipelines.order import batches_per_epoch, global_batch
+from flagdit.errors import DataError, FlagDiTError
+from flagdit.model.tokens import TokenSpec, pack
+
+WORST_BATCH = 0.5
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read and was left out of its batch."""
+
+    step: int
+    sample_id: int
+    key: str
+    reason: str
+
+
+@dataclass
+class _Loaded:
+    """What a worker makes of one global batch."""
+
+    packs: list[PackedBatch]
+    bad: list[BadSample]
+    error: FlagDiTError | None = None  # as a value: the DataLoader would turn it into a traceback of a worker
+
+    def pin_memory(self) -> _Loaded:
+        """Called by the DataLoader's pinning thread."""
+        return replace(self, packs=[_pinned(p) for p in self.packs])
+
+
+def _pinned(batch: PackedBatch) -> PackedBatch:
+    pinned: dict[str, Any] = {}
+    for name, value in vars(batch.layout).items():
+        if isinstance(value, Tensor):
+            pinned[name] = value.pin_memory()
+        elif isinstance(value, dict):
+            pinned[name] = {modality: x.pin_memory() for modality, x in value.items()}
+    return replace(
+        batch,
+        layout=replace(batch.layout, **pinned),
+        patches={m: x.pin_memory() for m, x in batch.patches.items()},
+        text=batch.text and replace(batch.text, features_MY=batch.text.features_MY.pin_memory()),
+        labels_S=None if batch.labels_S is None else batch.labels_S.pin_memory(),
+    )
+
+
+class _Packs(TorchDataset):
+    """Global batch number → packs. Lives in the workers."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset):
+        self.recipe, self.dataset = recipe, dataset
+        self.ids = dataset.split(recipe.data.split)
+        self.spec = TokenSpec.from_model(recipe.model)
+
+    def __getitem__(self, k: int) -> _Loaded:
+        cfg = self.recipe
+        packs: list[PackedBatch] = []
+        bad: list[BadSample] = []
+        try:
+            epoch, positions = global_batch(cfg.seed, len(self.ids), cfg.data.batch_size, k)
+            for part in np.array_split(positions + self.ids.start, cfg.train.accumulation):
+                samples = []
+                for sample_id in part.tolist():
+                    try:
+                        samples.append(self.dataset.read(sample_id))
+                    except DataError as error:
+                        bad.append(BadSample(k, sample_id, self.dataset.key(sample_id), error.what))
+                if samples:
+                    packs.append(_pack(samples, self.dataset, cfg, self.spec, epoch))
+        except FlagDiTError as error:
+            return _Loaded([], bad, error)
+        return _Loaded(packs, bad)
+
+
+def _pack(samples: Sequence[Encoded], dataset: Dataset, recipe: Recipe, spec: TokenSpec, epoch: int) -> PackedBatch:
+    segments = []
+    for s in samples:
+        c, f, h, w = s.latent_CFHW.shape
+        segments.append(Segment(s.sample_id, dataset.modality, (c, f, h, w), s.key))
+    texts = [s.text_LY for s in samples if s.text_LY is not None]
+    return pack(
+        segments,
+        [s.latent_CFHW for s in samples],
+        spec,
+        text=PackedText.pack(texts) if recipe.model.text_dim else None,
+        labels=[s.label for s in samples] if recipe.model.num_classes else None,
+        epoch=epoch,
+    )
+
+
+class Loader:
+    """Endless iterator over global batches, each a list of the packs (micro-batches) of one optimizer step.
+
+    A sample that cannot be read is left out of its pack, recorded in `bad` and never replaced.
+
+    Attributes:
+        step: number of the next global batch: the loader's whole state.
+        bad: every bad sample once, in the order of discovery.
+        batches_per_epoch: global batches in one pass over the split.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, start_step: int):
+        """See `build_loader`."""
+        self.recipe, self.dataset, self.step = recipe, dataset, start_step
+        self.bad: list[BadSample] = []
+        self.num_samples = len(dataset.split(recipe.data.split))
+        self.batches_per_epoch = batches_per_epoch(self.num_samples, recipe.data.batch_size)
+        workers = recipe.data.workers
+        loader = DataLoader(
+            _Packs(recipe, dataset),
+            batch_size=None,
+            sampler=_From(start_step),
+            num_workers=workers,
+            prefetch_factor=recipe.data.prefetch if workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # else it would draw from, and so disturb, the global one
+            pin_memory=recipe.train.device != "cpu" and torch.cuda.is_available(),
+        )
+        with _own_signals():
+            self._loaded = iter(loader)
+        self._known_bad: set[int] = set()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[PackedBatch]:
+        """The packs of global batch `step`.
+
+        Raises:
+            DataError: too many bad samples, or a worker died.
+        """
+        try:
+            loaded = next(self._loaded)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a loader process died ({error})",
+                fix="Often memory ran out: lower data.workers or data.prefetch. The same command continues the run.",
+            ) from error
+        if loaded.error is not None:
+            raise loaded.error
+        self._count(loaded.bad)
+        self.step += 1
+        return loaded.packs
+
+    def _count(self, bad: Sequence[BadSample]) -> None:
+        fresh = [b for b in bad if b.sample_id not in self._known_bad]
+        self.bad += fresh
+        self._known_bad |= {b.sample_id for b in fresh}
+        limit = self.recipe.data.max_bad_samples
+        batch_size = self.recipe.data.batch_size
+        if len(bad) > WORST_BATCH * batch_size and fresh:
+            what = f"{len(bad)} of the {batch_size} samples of one batch cannot be read"
+        elif fresh and len(self.bad) > limit * self.num_samples:
+            what = (
+                f"{len(self.bad)} of {self.num_samples} samples cannot be read, more than "
+                f"data.max_bad_samples={limit:g} of them"
+            )
+        else:
+            return
+        raise DataError(
+            f"{what} (last {fresh[-1].key}: {fresh[-1].reason})",
+            where=str(self.dataset.path),
+            fix="Copy or encode the data set again; a share that you can accept goes into data.max_bad_samples.",
+        )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Takes back the signal handler that torch installs, which would raise in the middle of a training step when a
+    worker dies. `Loader.__next__` notices too, within seconds, where the error can be told as one."""
+    mine = signal.getsignal(signal.SIGCHLD)
+    yield
+    if mine is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, mine)
+
+
+class _From(Iterable[int]):
+    """start, start+1, …"""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.start)
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A terminal or a scheduler signals every process of a run. The training process ends its step and saves; workers
+    that died before would spoil that. They end when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_loader(recipe: Recipe, start_step: int = 0) -> Loader:
+    """The run's data from global batch `start_step` on.
+
+    Batch k has `train.accumulation` packs, of `data.batch_size` samples together (fewer only where samples are bad),
+    the same whatever `start_step`, `data.workers` and `data.prefetch` are. `PackedBatch.epoch` is set.
+
+    Raises:
+        DataError: no such data set, or one that does not suit the recipe (every fault listed).
+    """
+    dataset = Dataset.open(recipe.data.path)
+    check_dataset(recipe, dataset)
+    return Loader(recipe, dataset, start_step)
+
+
+def validation_batches(recipe: Recipe) -> list[PackedBatch]:
+    """Up to `validation.samples` samples of the validation split, spread evenly over it, always the same ones.
+
+    Packs have as many samples as a micro-batch of training. Epoch is 0.
+
+    Raises:
+        DataError: no such data set or split, one that does not suit the recipe, or a sample that cannot be read: a loss
+            over fewer samples would not be comparable.
+    """
+    dataset = Dataset.open(recipe.validation.path or recipe.data.path)
+    check_validation(recipe, dataset)
+    ids = dataset.split(recipe.validation.split)
+    number = min(recipe.validation.samples, len(ids))
+    chosen = [ids[i * len(ids) // number] for i in range(number)]
+    size = max(recipe.data.batch_size // recipe.train.accumulation, 1)
+    spec = TokenSpec.from_model(recipe.model)
+    samples = [dataset.read(i) for i in chosen]
+    return [_pack(samples[i : i + size], dataset, recipe, spec, 0) for i in range(0, number, size)]

@@ -1,0 +1,110 @@
+"""Pictures for sources: decoding within limits, sizes that a model can cut, resizing, PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+from PIL import Image, ImageOps
+
+from flagdit.errors import DataError, RecipeError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 1 << 26
+LARGEST_MULTIPLE, SMALLEST_MULTIPLE = 16, 4
+
+
+def default_multiple(side: int) -> int:
+    """The multiple, in pixels, that rows and columns are held to when the user names none.
+
+    An eighth of the side as a power of two, from 4 (small pictures without an autoencoder) to 16 (an 8× autoencoder and
+    patches of 2), so that a small budget still has several aspect ratios.
+    """
+    eighth = 1 << max(side // 8, 1).bit_length() - 1
+    return min(max(eighth, SMALLEST_MULTIPLE), LARGEST_MULTIPLE)
+
+
+def check_size(side: int, multiple: int) -> int:
+    """The multiple to use: the given one, or for 0 the default.
+
+    Raises:
+        RecipeError: the side is not a multiple of it; names sides that are.
+    """
+    multiple = multiple or default_multiple(side)
+    if side < multiple or side % multiple:
+        near = [n for n in (side // multiple * multiple, (side // multiple + 1) * multiple) if n]
+        raise RecipeError(
+            f"--size {side} is not a multiple of {multiple} px",
+            fix=f"Try {' or '.join(map(str, near))}, or another --multiple (codec factor times model.patch_size).",
+        )
+    return multiple
+
+
+def fit_size(width: int, height: int, side: int, multiple: int) -> tuple[int, int]:
+    """Columns and rows for a picture: multiples of `multiple`, at most side² pixels, never more than the picture has.
+
+    Of the sizes around the exact one it takes the one nearest in aspect ratio.
+
+    Raises:
+        DataError: the picture is smaller than one multiple.
+    """
+    if min(width, height) < multiple:
+        raise DataError(f"{width}×{height} px is smaller than {multiple} px")
+    scale = min(1.0, side / math.sqrt(width * height))
+
+    def around(length: int) -> set[int]:
+        steps = length * scale / multiple
+        return {max(1, math.floor(steps)) * multiple, max(1, math.ceil(steps)) * multiple}
+
+    sizes = [
+        (w, h) for w in around(width) for h in around(height) if w <= width and h <= height and w * h <= side * side
+    ]
+    if not sizes:  # a strip: one side is a single multiple, the other as long as the budget allows
+        longest = min(side * side // multiple, max(width, height)) // multiple * multiple
+        sizes = [(longest, multiple) if width > height else (multiple, longest)]
+    return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1] * height / width)), -s[0] * s[1], s))
+
+
+def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An upright RGB picture; transparency becomes white, of an animation the first frame is taken.
+
+    Raises:
+        DataError: not a whole PNG, JPEG or WebP picture, or more pixels than allowed (known before any are decoded).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"more than the {max_pixels} pixels allowed") from error
+    except Exception as error:
+        raise DataError(f"not a PNG, JPEG or WebP picture ({type(error).__name__})") from error
+    if picture.width * picture.height > max_pixels:
+        raise DataError(f"{picture.width}×{picture.height} px is more than the {max_pixels} pixels allowed")
+    try:  # decoders of hostile files raise anything; whatever it is becomes the reason in the ledger
+        picture.load()
+        return on_white(ImageOps.exif_transpose(picture))
+    except Exception as error:
+        raise DataError(f"cannot be decoded ({error})") from error
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """RGB; transparent parts become white and 16-bit grey keeps its upper 8 bits."""
+    if picture.mode.startswith("I"):
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def resize_cover(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scaled so that it covers width×height, then cut around the centre."""
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,215 @@
+"""Webdataset shards: written whole or not at all, with the same bytes every time; read one sample at a time.
+
+A shard is a plain tar: KEY.txt, KEY.json, KEY.png, … one after the other, so any webdataset tool reads it. Nothing in
+here unpickles, runs a command, or makes a file from a name that stands in an archive.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import io
+import os
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from flagdit.errors import DataError
+
+BLOCK = 512
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample on its way into a shard: its files by ending, and the columns of its index row."""
+
+    key: str
+    members: dict[str, bytes]
+    shape: tuple[int, int, int, int]
+    text_tokens: int = 0
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a sample stands in its shard, and what is in it."""
+
+    key: str
+    offset: int
+    nbytes: int
+    crc32: int
+    shape: tuple[int, int, int, int]
+    text_tokens: int
+    label: int
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` complete and on disk, or not at all.
+
+    Raises:
+        DataError: the disk is full or refuses; whatever stood under `path` is untouched.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with staged.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise DataError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            fix=f"{'Free some space' if full else 'Make the folder writable'} and run the same command again.",
+        ) from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> list[Row]:
+    """Writes one shard. Equal samples give equal bytes: no time, user or machine enters.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    from webdataset.writer import TarWriter
+
+    places: list[tuple[Sample, int, int]] = []
+    with atomic(path) as file:
+        writer = TarWriter(file, user="", group="", mtime=0, encoder=False)
+        for sample in samples:
+            start = writer.tarstream.offset
+            writer.write({"__key__": sample.key, **sample.members})
+            places.append((sample, start, writer.tarstream.offset - start))
+        writer.close()
+        # The checksums are of what the file holds, not of what was meant to go there.
+        file.flush()
+        rows = []
+        for sample, offset, nbytes in places:
+            file.seek(offset)
+            crc32 = zlib.crc32(file.read(nbytes))
+            rows.append(Row(sample.key, offset, nbytes, crc32, sample.shape, sample.text_tokens, sample.label))
+    return rows
+
+
+class ShardReader:
+    """Reads spans of the shards in a folder; keeps the last few files open. Safe after a fork: it never seeks."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def span(self, name: str, offset: int, nbytes: int, crc32: int) -> bytes:
+        """The bytes of one sample.
+
+        Raises:
+            DataError: the shard is missing, too short, or its bytes have changed since it was written.
+        """
+        where = f"{self.folder.name}/{name}.tar"
+        try:
+            data = os.pread(self._file(name), nbytes, offset)
+            while 0 < len(data) < nbytes:  # one call returns 2 GiB at most
+                more = os.pread(self._file(name), nbytes - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", where=where) from error
+        if len(data) != nbytes:
+            raise DataError(
+                f"ends at byte {offset + len(data)}; its sample needs {nbytes - len(data)} more", where=where
+            )
+        if zlib.crc32(data) != crc32:
+            raise DataError(f"checksum of the {nbytes} bytes from {offset} is wrong", where=where)
+        return data
+
+    def _file(self, name: str) -> int:
+        if name in self._open:
+            self._open.move_to_end(name)
+        else:
+            self._open[name] = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) > OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        return self._open[name]
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def split_members(span: bytes) -> dict[str, memoryview]:
+    """File ending → content of the files of one sample, without copying.
+
+    Raises:
+        DataError: not a run of plain ustar files of one key.
+    """
+    view, at = memoryview(span), 0
+    found: dict[str, memoryview] = {}
+    keys = set()
+    while at < len(view):
+        header = bytes(view[at : at + BLOCK])
+        if len(header) < BLOCK or header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0"):
+            raise DataError(f"no file begins at byte {at} of the sample")
+        try:
+            size = int(header[124:136].strip(b" \0") or b"0", 8)
+            name = header[:100].rstrip(b"\0").decode()
+        except ValueError as error:
+            raise DataError(f"the header at byte {at} of the sample is broken") from error
+        folder, _, file = name.rpartition("/")
+        stem, _, ending = file.partition(".")
+        keys.add((header[345:500], folder, stem))
+        content = view[at + BLOCK : at + BLOCK + size]
+        if len(content) != size or ending in found or len(keys) > 1:
+            raise DataError(f"file {name!r} is cut off, doubled or of another sample")
+        found[ending] = content
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+    return found
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as a .npy file."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def read_npy(view: memoryview) -> np.ndarray:
+    """A plain numeric .npy file as a read-only array on the same memory; allocates nothing that its header promises.
+
+    Raises:
+        DataError: not such a file, or its size is not that of its header.
+    """
+    try:
+        magic, version, length = struct.unpack_from("<6sHH", view)
+        header = ast.literal_eval(bytes(view[10 : 10 + length]).decode("latin-1"))
+        dtype = np.dtype(header["descr"])
+        shape = tuple(int(n) for n in header["shape"])
+        content = view[10 + length :]
+        if magic != b"\x93NUMPY" or version != 1 or header["fortran_order"] or dtype.kind not in "fiu":
+            raise DataError("not a plain numeric .npy file")
+        count = int(np.prod(shape, dtype=object))
+        if min(shape, default=0) < 0 or count * dtype.itemsize != len(content):
+            raise DataError(f"a .npy file of {len(content)} bytes for shape {shape} of {dtype}")
+        return np.frombuffer(content, dtype).reshape(shape)
+    except DataError:
+        raise
+    except (struct.error, ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        raise DataError(f"not a .npy file: {error}") from error

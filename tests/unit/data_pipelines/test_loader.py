@@ -1,0 +1,197 @@
+"""The loader: the same batches under every layout and from every start; bad samples left out, recorded and limited."""
+
+import os
+import signal
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from flagdit.batch import PackedBatch
+from flagdit.data_pipelines import loader as loader_module
+from flagdit.data_pipelines.index import Dataset
+from flagdit.data_pipelines.loader import build_loader, validation_batches
+from flagdit.data_pipelines.order import global_batch
+from flagdit.errors import DataError
+from flagdit.model.tokens import TokenSpec, unpack
+
+
+def take(recipe, number: int, start: int = 0) -> list[list[PackedBatch]]:
+    return list(islice(build_loader(recipe, start), number))
+
+
+def contents(packs: list[PackedBatch], patch_size: int = 2) -> list[tuple]:
+    """(epoch, segment, latent, text) of every sample, in order."""
+    found = []
+    for pack in packs:
+        latents = unpack(pack.patches, pack.segments, TokenSpec(patch_size, True, True))
+        found += [(pack.epoch, *x) for x in zip(pack.segments, latents, pack.text.unpack(), strict=True)]
+    return found
+
+
+def equal(a: list[PackedBatch], b: list[PackedBatch]) -> bool:
+    return len(contents(a)) == len(contents(b)) and all(
+        (x[:2] == y[:2]) and torch.equal(x[2], y[2]) and torch.equal(x[3], y[3])
+        for x, y in zip(contents(a), contents(b), strict=True)
+    )
+
+
+def test_batches_hold_the_samples_of_the_order(recipe, emoji_encoded: Path):
+    dataset = Dataset.open(emoji_encoded)
+    for k, packs in enumerate(take(recipe, 8)):
+        epoch, positions = global_batch(recipe.seed, 21, 6, k)
+        (batch,) = packs
+        assert batch.epoch == epoch == k // 3
+        assert [s.sample_id for s in batch.segments] == positions.tolist()
+        latents = unpack(batch.patches, batch.segments, TokenSpec.from_model(recipe.model))
+        for segment, latent, text in zip(batch.segments, latents, batch.text.unpack(), strict=True):
+            sample = dataset.read(segment.sample_id)
+            assert torch.equal(latent, sample.latent_CFHW) and torch.equal(text, sample.text_LY)
+            assert segment.key == sample.key and segment.modality == "image" and batch.labels_S is None
+
+
+@pytest.mark.parametrize(("workers", "accumulation", "start"), [(0, 2, 0), (0, 3, 5), (2, 1, 0), (2, 2, 4), (2, 1, 7)])
+def test_no_layout_and_no_start_changes_a_batch(
+    workers: int, accumulation: int, start: int, make_recipe, emoji_encoded: Path
+):
+    reference = take(make_recipe(emoji_encoded), 9)
+    for k, packs in enumerate(
+        take(make_recipe(emoji_encoded, 6, accumulation, workers), 9 - start, start), start=start
+    ):
+        assert len(packs) == accumulation and {len(p.segments) for p in packs} == {6 // accumulation}
+        assert equal(packs, reference[k])
+
+
+def test_another_seed_is_another_order(recipe, make_recipe, emoji_encoded: Path):
+    from dataclasses import replace
+
+    a, b = take(recipe, 1)[0][0], take(replace(recipe, seed=1), 1)[0][0]
+    assert [s.sample_id for s in a.segments] != [s.sample_id for s in b.segments]
+
+
+def test_state_is_one_integer(recipe):
+    loader = build_loader(recipe, 4)
+    next(loader)
+    assert loader.step == 5 and loader.batches_per_epoch == 3
+    assert equal(next(loader), next(build_loader(recipe, loader.step - 1)))
+
+
+def test_loading_leaves_the_global_generator_alone(recipe):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(recipe, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_for_class_models(recipe, with_block, emoji_encoded: Path):
+    (batch,) = take(with_block(recipe, "model", num_classes=10, text_dim=0), 1)[0]
+    dataset = Dataset.open(emoji_encoded)
+    assert batch.text is None
+    assert batch.labels_S.tolist() == [dataset.columns["label"][s.sample_id] for s in batch.segments]
+
+
+def damaged(folder: Path, *sample_ids: int) -> Path:
+    dataset = Dataset.open(folder)
+    for i in sample_ids:
+        shard = folder / "shards" / f"{dataset.shard_names[dataset.columns['shard'][i]]}.tar"
+        data = bytearray(shard.read_bytes())
+        data[int(dataset.columns["offset"][i]) + 1100] ^= 1
+        shard.write_bytes(bytes(data))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_left_out_and_recorded_once(
+    workers: int, make_recipe, with_block, emoji_encoded: Path, copy_of
+):
+    folder = damaged(copy_of(emoji_encoded), 4, 9)
+    recipe = with_block(make_recipe(folder, 6, 2, workers), "data", max_bad_samples=0.1)
+    clean = take(make_recipe(emoji_encoded, 6, 2), 9)
+    loader = build_loader(recipe)
+    seen = []
+    for expected, packs in zip(clean, islice(loader, 9), strict=True):
+        for before, pack in zip(expected, packs, strict=True):
+            ids = [s.sample_id for s in pack.segments]
+            assert ids == [s.sample_id for s in before.segments if s.sample_id not in (4, 9)], "no neighbour steps in"
+            seen += ids
+    assert len(seen) == 9 * 6 - sum(
+        i in (4, 9) for packs in clean for p in packs for i in [s.sample_id for s in p.segments]
+    )
+    assert sorted(b.sample_id for b in loader.bad) == [4, 9]
+    assert all(b.key == Dataset.open(folder).key(b.sample_id) and "checksum" in b.reason for b in loader.bad)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(workers: int, make_recipe, with_block, emoji_encoded: Path, copy_of):
+    folder = damaged(copy_of(emoji_encoded), 4, 9, 11)
+    recipe = with_block(make_recipe(folder, workers=workers), "data", max_bad_samples=0.1)
+    message = (
+        r"3 of 21 samples cannot be read, more than data\.max_bad_samples=0\.1.*checksum.*encode the data set again"
+    )
+    with pytest.raises(DataError, match=message):
+        take(recipe, 9)
+
+
+def test_a_batch_that_is_mostly_unreadable_stops_the_run(make_recipe, with_block, emoji_encoded: Path, copy_of):
+    folder = copy_of(emoji_encoded)
+    recipe = with_block(make_recipe(folder), "data", max_bad_samples=1.0)
+    loader = build_loader(recipe)
+    next(loader)
+    for name in os.listdir(folder / "shards"):
+        os.truncate(folder / "shards" / name, 0)
+    with pytest.raises(DataError, match="6 of the 6 samples of one batch cannot be read"):
+        next(loader)
+
+
+def test_a_dead_worker_is_one_paragraph(make_recipe, emoji_encoded: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    loader = build_loader(make_recipe(emoji_encoded, workers=1))
+    next(loader)
+    (worker,) = loader._loaded._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a loader process died.*lower data\.workers"):
+        for _ in range(100):
+            next(loader)
+
+
+def test_unsuitable_data_is_refused_before_any_batch(recipe, with_block, emoji_raw: Path):
+    with pytest.raises(DataError, match=r"modalities\.image=4"):
+        build_loader(with_block(recipe, "model", modalities={"image": 4}))
+    with pytest.raises(DataError, match="not encoded"):
+        build_loader(with_block(recipe, "data", path=str(emoji_raw)))
+
+
+def test_validation_is_the_same_every_time(recipe, with_block, emoji_encoded: Path):
+    ids = [[s.sample_id for b in validation_batches(recipe) for s in b.segments] for _ in range(2)]
+    assert ids[0] == ids[1] == [21, 22, 23]
+    few = with_block(recipe, "validation", samples=2)
+    assert [s.sample_id for b in validation_batches(few) for s in b.segments] == [21, 22]
+    train = with_block(with_block(recipe, "validation", split="train", samples=7), "data", batch_size=6)
+    batches = validation_batches(with_block(train, "train", accumulation=2))
+    assert [s.sample_id for b in batches for s in b.segments] == [0, 3, 6, 9, 12, 15, 18]
+    assert [len(b.segments) for b in batches] == [3, 3, 1]
+
+
+def test_validation_refuses_bad_samples_and_unsuitable_data(recipe, with_block, emoji_encoded: Path, copy_of):
+    folder = damaged(copy_of(emoji_encoded), 22)
+    with pytest.raises(DataError, match="checksum"):
+        validation_batches(with_block(recipe, "validation", path=str(folder)))
+    with pytest.raises(DataError, match=r"validation\.split=test"):
+        validation_batches(with_block(recipe, "validation", split="test"))
+
+
+def test_pinning_reaches_every_tensor_that_moves_to_the_gpu(recipe, with_block, monkeypatch: pytest.MonkeyPatch):
+    moved: list[int] = []
+    with monkeypatch.context() as m:
+        m.setattr(torch.Tensor, "to", lambda self, *a, **k: moved.append(self.data_ptr()) or self)
+        batches = [
+            take(with_block(recipe, "model", **keys), 1)[0][0] for keys in ({}, {"num_classes": 10, "text_dim": 0})
+        ]
+        m.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.data_ptr()) or self)
+        for batch in batches:
+            moved, pinned = [], []
+            batch.to("cuda")
+            again = loader_module._Loaded([batch], []).pin_memory().packs[0]
+            assert sorted(pinned) == sorted(moved) and len(moved) >= 9
+            assert again.segments == batch.segments and again.layout.seqlens == batch.layout.seqlens
