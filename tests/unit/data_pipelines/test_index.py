@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from flagdit.data_pipelines.index import COLUMNS, Dataset
+from flagdit.data_pipelines.shards import Sample, npy_bytes
+from flagdit.data_pipelines.writer import DatasetWriter
 from flagdit.errors import DataError
 
 
@@ -85,6 +87,28 @@ def test_latents_that_are_not_as_the_index_says(emoji_encoded: Path, copy_of):
     np.save(folder / "index/shape.npy", shapes)
     with pytest.raises(DataError, match=r"a latent of .* its index row says \(3, 1, 8, 8\)"):
         Dataset.open(folder).read(0)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"latent.npy": npy_bytes(np.array([[[[np.nan]]]]))}, "holds NaN or infinity"),
+        ({"text.npy": npy_bytes(np.full((2, 4), np.inf))}, "holds NaN or infinity"),
+        ({"text.npy": npy_bytes(np.ones((2, 5)))}, r"text features of \(2, 5\)"),
+        ({"text.npy": npy_bytes(np.ones((0, 4)))}, r"text features of \(0, 4\)"),
+        ({"latent.npy": b"junk"}, r"not a \.npy file"),
+        ({"txt": b"\xff"}, "utf-8"),
+        ({"text.npy": None}, r"has no text\.npy"),
+    ],
+)
+def test_wrong_content_with_a_right_checksum_is_refused(members: dict, message: str, tmp_path: Path):
+    files = {"latent.npy": npy_bytes(np.zeros((1, 1, 1, 1))), "text.npy": npy_bytes(np.ones((2, 4))), "txt": b"x"}
+    files = {k: v for k, v in {**files, **members}.items() if v is not None}
+    writer = DatasetWriter(tmp_path, {}, overwrite=False, resume=False)
+    writer.put("train-000000", [Sample("bad", files, (1, 1, 1, 1), 2)])
+    info = {"kind": "encoded", "modality": "image", "text": {"dim": 4}}
+    with pytest.raises(DataError, match=rf"sample train-000000/bad: .*{message}"):
+        writer.finish(info, ["train-000000"], []).read(0)
 
 
 def test_null_text(emoji_raw: Path, emoji_encoded: Path, copy_of):

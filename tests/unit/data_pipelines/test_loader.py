@@ -63,6 +63,11 @@ def test_no_layout_and_no_start_changes_a_batch(
         assert equal(packs, reference[k])
 
 
+def test_a_split_that_does_not_begin_at_zero(recipe, with_block):
+    held = with_block(recipe, "data", split="heldout", batch_size=3)
+    assert [sorted(s.sample_id for s in packs[0].segments) for packs in take(held, 2)] == [[21, 22, 23]] * 2
+
+
 def test_another_seed_is_another_order(recipe, make_recipe, emoji_encoded: Path):
     from dataclasses import replace
 
@@ -148,6 +153,8 @@ def test_a_dead_worker_is_one_paragraph(make_recipe, emoji_encoded: Path, monkey
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     loader = build_loader(make_recipe(emoji_encoded, workers=1))
     next(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert not getattr(handler, "__module__", "").startswith("torch"), "it would raise anywhere in a step"
     (worker,) = loader._loaded._workers
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a loader process died.*lower data\.workers"):

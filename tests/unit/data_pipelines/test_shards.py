@@ -141,7 +141,7 @@ def link(kind: bytes) -> tarfile.TarInfo:
         b"\0" * 512,
         tar_of(link(tarfile.SYMTYPE)),
         tar_of(link(tarfile.LNKTYPE)),
-        tar_of(("a.txt", b"1"), ("b.txt", b"2")),
+        tar_of(("a.txt", b"1"), ("b.json", b"2")),
         tar_of(("a.txt", b"1"), ("a.txt", b"2")),
         tar_of(("a.txt", b"x" * 2000))[:1024],
         tar_of(("a.txt", b"1")).replace(b"00000000001\0", b"9999999999z\0", 1),
