@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flagdit.config.keys import flatten
-from flagdit.config.load import diff, load_recipe, save_recipe
+from flagdit.config.load import diff, load_recipe, to_yaml
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError, RecipeError
 
@@ -146,9 +146,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Saves the resolved recipe; a kill leaves the old file or the new one."""
-        staged = self.recipe.with_suffix(".tmp")
-        save_recipe(recipe, staged)
-        os.replace(staged, self.recipe)
+        write_atomically(self.recipe, to_yaml(recipe))
 
     def rewind(self, step: int) -> None:
         """Drops what was logged past `step`, so that a continued run has every step once."""
@@ -196,16 +194,45 @@ def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
-    """Adds one JSON object to a log."""
-    with file.open("a") as f:
+    """Adds one JSON object to a log.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    with writing(file), file.open("a") as f:
         f.write(json.dumps(line) + "\n")
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replaces a file: a crash leaves the old content or the new one."""
+    """Replaces a file: a crash or a full disk leaves the old content or the new one.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
     staged = file.with_name(file.name + ".tmp")
-    with staged.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(staged, file)
+    with writing(file):
+        try:
+            with staged.open("w") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(staged, file)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turns a failed write into an error that a person can act on.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(file),
+            fix="Make room on the disk, or the folder writable, and start the same command again.",
+        ) from error

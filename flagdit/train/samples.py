@@ -14,7 +14,7 @@ from flagdit.codecs.text import TextEncoder
 from flagdit.generate.images import grid, to_image
 from flagdit.generate.pipeline import Pipeline
 from flagdit.model.flag_dit import FlagDiT
-from flagdit.train.folder import write_atomically
+from flagdit.train.folder import write_atomically, writing
 from flagdit.train.run import Run
 
 COLUMNS = 8
@@ -52,9 +52,10 @@ class SampleGrids:
         images = [to_image(picture_CFHW) for picture_CFHW in pixels]
         zoom = max(1, SMALL // images[0].height)
         file = run.folder.sample_grid(run.step)
-        file.parent.mkdir(exist_ok=True)
         staged = file.with_suffix(".tmp")
-        grid(images, columns=COLUMNS, zoom=zoom, gap=GAP).save(staged, "PNG")
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+            grid(images, columns=COLUMNS, zoom=zoom, gap=GAP).save(staged, "PNG")
         about = {
             "prompts": run.recipe.sample.prompts,
             "weights": name,

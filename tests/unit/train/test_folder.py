@@ -1,6 +1,7 @@
 """Logs, free keys and rewinding."""
 
 import json
+import resource
 
 import pytest
 
@@ -72,3 +73,18 @@ def test_atomic_writing_replaces_the_whole_file(tmp_path):
     write_atomically(file, "long content")
     write_atomically(file, "short")
     assert file.read_text() == "short" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_is_told_and_keeps_the_old_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = tmp_path / "x"
+    write_atomically(file, "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"x: cannot be written: File too large\. Make room"):
+            write_atomically(file, "much longer than the old one")
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            append_line(tmp_path / "log", {"a": "much longer than five"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
