@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flagdit.config.schema import ModelConfig
 from flagdit.model.attention_backends import Pairs, attention
 from flagdit.model.rope import Rotation
-from flagdit.model.segments import Runs
+from flagdit.model.segments import Samples
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Context:
     """What all blocks share in one forward.
 
     Attributes:
-        runs: samples of equal length, for modulation.
+        samples: which tokens belong to which sample, for modulation.
         rotation: RoPE of every token.
         self_pairs: image tokens that see each other.
         text_MY: packed text features; None without text.
@@ -34,7 +34,7 @@ class Context:
         temperature_T11: (T, 1, 1) factor on the queries of self-attention (proportional attention); None: 1.
     """
 
-    runs: Runs
+    samples: Samples
     rotation: Rotation
     self_pairs: Pairs
     text_MY: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flagdit.config.schema import ModelConfig
 from flagdit.model.attention import Attention, Context
-from flagdit.model.segments import gated_add, modulate
+from flagdit.model.segments import modulate, scale_tokens
 
 TP_PLAN: dict[str, str] = {
     "blocks.*.attention.wq": "column",
@@ -85,10 +85,10 @@ class FlagBlock(_Block):
 
     def forward(self, x_TE: Tensor, cond_SC: Tensor, ctx: Context) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(cond_SC)
-        y_TE = self.attend(modulate(self.attention_norm(x_TE), shift_a, scale_a, ctx.runs), ctx)
-        x_TE = gated_add(x_TE, gate_a, y_TE, ctx.runs)
-        y_TE = self.feed_forward(modulate(self.ffn_norm(x_TE), shift_f, scale_f, ctx.runs))
-        return gated_add(x_TE, gate_f, y_TE, ctx.runs)
+        y_TE = self.attend(modulate(self.attention_norm(x_TE), shift_a, scale_a, ctx.samples), ctx)
+        x_TE = x_TE + scale_tokens(y_TE, gate_a, ctx.samples)
+        y_TE = self.feed_forward(modulate(self.ffn_norm(x_TE), shift_f, scale_f, ctx.samples))
+        return x_TE + scale_tokens(y_TE, gate_f, ctx.samples)
 
 
 class NextBlock(_Block):
@@ -105,10 +105,10 @@ class NextBlock(_Block):
 
     def forward(self, x_TE: Tensor, cond_SC: Tensor, ctx: Context) -> Tensor:
         scale_a, gate_a, scale_f, gate_f = self.modulation(cond_SC)
-        y_TE = self.attend(modulate(self.attention_norm1(x_TE), None, scale_a, ctx.runs), ctx)
-        x_TE = gated_add(x_TE, gate_a.tanh(), self.attention_norm2(y_TE), ctx.runs)
-        y_TE = self.feed_forward(modulate(self.ffn_norm1(x_TE), None, scale_f, ctx.runs))
-        return gated_add(x_TE, gate_f.tanh(), self.ffn_norm2(y_TE), ctx.runs)
+        y_TE = self.attend(modulate(self.attention_norm1(x_TE), None, scale_a, ctx.samples), ctx)
+        x_TE = x_TE + scale_tokens(self.attention_norm2(y_TE), gate_a.tanh(), ctx.samples)
+        y_TE = self.feed_forward(modulate(self.ffn_norm1(x_TE), None, scale_f, ctx.samples))
+        return x_TE + scale_tokens(self.ffn_norm2(y_TE), gate_f.tanh(), ctx.samples)
 
 
 BLOCKS: dict[str, type[FlagBlock] | type[NextBlock]] = {"flag": FlagBlock, "next": NextBlock}

@@ -31,7 +31,7 @@ from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
 from flagdit.model.modality import MODALITIES
 from flagdit.model.rope import RopeScaling, build_rotation
-from flagdit.model.segments import modulate, runs_of, take_rows
+from flagdit.model.segments import Samples, modulate, runs_of, take_rows
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import modality_of
 
@@ -122,7 +122,7 @@ class FlagDiT(nn.Module):
         h_TE = self.embed(x, batch)
         for i, block in enumerate(self.blocks):
             h_TE = self._run(block, i, h_TE, cond_SC, ctx)
-        return self.project(h_TE, cond_SC, batch)
+        return self.project(h_TE, cond_SC, ctx, batch)
 
     def embed(self, x: Patches, batch: PackedBatch) -> Tensor:
         """Patches through their stems, [nextline] and [nextframe] in their places: (T, E)."""
@@ -156,7 +156,7 @@ class FlagDiT(nn.Module):
             factor_S = torch.tensor(factors, dtype=self.dtype).to(layout.segment_ids.device)
             temperature_T11 = factor_S[layout.segment_ids][:, None, None]
         return Context(
-            runs=runs_of(layout.seqlens),
+            samples=Samples(runs_of(layout.seqlens), layout.segment_ids),
             rotation=build_rotation(self.cfg, layout, t_S, inference.rope),
             self_pairs=Pairs(layout.seqlens, layout.seqlens, layout.cu_seqlens, layout.cu_seqlens),
             text_MY=None if text is None else text.features_MY.to(self.dtype),
@@ -166,12 +166,12 @@ class FlagDiT(nn.Module):
             temperature_T11=temperature_T11,
         )
 
-    def project(self, h_TE: Tensor, cond_SC: Tensor, batch: PackedBatch) -> Patches:
+    def project(self, h_TE: Tensor, cond_SC: Tensor, ctx: Context, batch: PackedBatch) -> Patches:
         """Final norm, modulation and each modality's head; special tokens are dropped."""
         shift_scale = self.final_adaLN_modulation(cond_SC).split(self.cfg.dim, dim=-1)
         shift_SE = shift_scale[0] if len(shift_scale) == 2 else None
         h_TE = F.layer_norm(h_TE, (self.cfg.dim,), eps=FINAL_EPS)
-        h_TE = modulate(h_TE, shift_SE, shift_scale[-1], runs_of(batch.layout.seqlens))
+        h_TE = modulate(h_TE, shift_SE, shift_scale[-1], ctx.samples)
         velocity = {}
         for modality, index in batch.layout.patch_index.items():
             out_NP = self.heads[modality](take_rows(h_TE, index))
