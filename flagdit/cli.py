@@ -285,13 +285,14 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A sc
     Example:
       flagdit bench model_cpu
     """
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
-    if not script.is_file():
-        known = ", ".join(sorted(p.stem for p in script.parent.glob("*.py")))
+    scripts = {p.stem: p for p in (Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py")}
+    if name not in scripts:
+        known = ", ".join(sorted(scripts))
         fix = f"There are: {known}." if known else "Run this from a source checkout (pip install --editable .)."
         raise RecipeError(f"there is no benchmark {name!r}", fix=fix)
-    sys.argv = [str(script), *context.args]
-    runpy.run_path(str(script), run_name="__main__")
+    script = str(scripts[name])
+    sys.argv = [script, *context.args]
+    runpy.run_path(script, run_name="__main__")
 
 
 @app.callback(invoke_without_command=True)

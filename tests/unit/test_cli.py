@@ -1,0 +1,240 @@
+"""The `flagdit` command: help that works, errors as one paragraph, and arguments that reach their area."""
+
+import errno
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from flagdit import cli
+from flagdit.config.load import load_recipe
+from flagdit.errors import FlagDiTError
+
+
+def commands(group=None, path=()) -> list[tuple[tuple[str, ...], object]]:
+    """Every command and group of commands with its path."""
+    group = group or typer.main.get_command(cli.app)
+    found = [(path, group)]
+    for name, command in getattr(group, "commands", {}).items():
+        found += commands(command, (*path, name))
+    return found
+
+
+@pytest.fixture
+def flagdit(monkeypatch, capsys):
+    """A function: command line → (exit code, stdout, stderr), in this process."""
+
+    def run(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flagdit", *shlex.split(line)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as done:
+            code = done.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands()], ids=" ".join)
+def test_every_help_has_an_example_that_the_command_understands(flagdit, path):
+    code, out, _ = flagdit(" ".join([*path, "--help"]))
+    examples = re.findall(r"Example:\n\s+flagdit (.*)\n", out)
+    assert code == 0 and len(examples) == 1, "one example, on one line"
+    # unknown commands and options are found before --help answers
+    code, _, err = flagdit(examples[0] + " --help")
+    assert code == 0, err
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    script = "import sys; sys.argv = ['flagdit', '--help']\nfrom flagdit import cli\n"
+    script += "try: cli.main()\nexcept SystemExit: pass\n"
+    script += "print(sorted({'torch', 'numpy', 'transformers', 'omegaconf', 'PIL', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "train" in done.stdout
+
+
+def test_version(flagdit):
+    assert flagdit("--version")[:2] == (0, "flagdit 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("train nowhere.yaml", "there is no recipe file nowhere.yaml"),
+        ("train quickstrat", "Did you mean quickstart?"),
+        ("train quickstart model.dims=3", "did you mean model.dim?"),
+        ("train quickstart data.path=nowhere", "nowhere: there is no such folder"),
+        ("sample nowhere --prompt x", "nowhere: there is no such folder"),
+        ("sample . --prompt x", "there is no run here"),
+        ("sample . --prompt-file empty.txt", "empty.txt: the prompt file is empty"),
+        ("sample . --prompt x --label 1", "exclude each other"),
+        ("sample . --prompt x --out x.txt", "not a picture file"),
+        ("evaluate nowhere", "there is no such folder"),
+        ("report nowhere", "nowhere"),
+        ("recipe show quickstart train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
+        (
+            "recipe show quickstart model.modalities={image:4}",
+            "a mapping of names to whole numbers, not {'image:4': None}",
+        ),
+        ("data stats nowhere", "nowhere: there is no such folder"),
+        ("data encode nowhere out --recipe quickstart", "nowhere: there is no such folder"),
+        ("data build folder out --from nowhere", "nowhere: there is no such folder"),
+        ("data build emoji out --styles scribble", "--styles scribble"),
+        ("bench nowhere", "model_cpu"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_on_stderr(flagdit, tmp_path, monkeypatch, line, told):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    code, out, err = flagdit(line)
+    assert code == 2 and told in err and out == ""
+    assert err.startswith("error: ") and "Traceback" not in err and "\n\n" not in err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name not in ("runs",)) == ["empty.txt"], (
+        "something was written"
+    )
+
+
+@pytest.mark.parametrize("line", ["nonsense", "train", "sample", "sample . --steps 0", "sample . --nonsense 1"])
+def test_usage_errors_exit_with_2(flagdit, line):
+    code, _, err = flagdit(line)
+    assert code == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (FlagDiTError("it is wrong", where="here", fix="Mend it."), 2, "error: here: it is wrong. Mend it.\n"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), 2, "error: a/b cannot be written or read: No space"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_exit_codes(flagdit, monkeypatch, error, code, told):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("flagdit.config.load.load_recipe", fails)
+    done, _, err = flagdit("recipe show quickstart")
+    assert done == code and err.startswith(told)
+
+
+def test_faults_of_the_program_keep_their_traceback(flagdit, monkeypatch):
+    for fault in (AssertionError("ours"), FileNotFoundError(errno.ENOENT, "ours")):
+        monkeypatch.setattr("flagdit.config.load.load_recipe", lambda *args, fault=fault: (_ for _ in ()).throw(fault))
+        with pytest.raises(type(fault)):
+            flagdit("recipe show quickstart")
+
+
+def test_errors_are_red_on_a_terminal():
+    script = "from flagdit import cli; cli.fail('no')"
+    pty = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-c', sys.argv[1]]) >> 8)"
+    done = subprocess.run([sys.executable, "-c", pty, script], capture_output=True, stdin=subprocess.DEVNULL)
+    assert b"\x1b[31merror: no" in done.stdout and done.returncode == 2
+
+
+def test_train_gets_the_recipe_with_its_overrides(flagdit, monkeypatch):
+    got = []
+    monkeypatch.setattr("flagdit.train.loop.train", got.append)
+    assert flagdit("train quickstart model.dim=64 name=x 'sample.prompts=[a dog, a cat]'")[0] == 0
+    assert got == [load_recipe("quickstart", ["model.dim=64", "name=x", "sample.prompts=[a dog, a cat]"])]
+
+
+def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
+    got = {}
+
+    def fake(run, conditions, out, **rest):
+        got.update(rest, run=run, conditions=conditions, out=out)
+        return [out]
+
+    monkeypatch.setattr("flagdit.generate.sample.sample_to_files", fake)
+    (tmp_path / "p.txt").write_text("c\nd\n")
+    line = f"sample runs/x --prompt a --prompt 'b, c' --prompt-file {tmp_path}/p.txt --size 48x32 --size 8x8 --steps 20"
+    line += " --solver heun --guidance 4 --seed 3 --shift 2 --ema 1 --step 100 --out o/g.png --separate --captions"
+    code, out, _ = flagdit(line + " --repeat 2 --frames 5")
+    assert code == 0 and out == "o/g.png\n"
+    assert got == {
+        "run": Path("runs/x"),
+        "conditions": ["a", "b, c", "c", "d"],
+        "out": Path("o/g.png"),
+        "sizes": ["48x32", "8x8"],
+        "repeat": 2,
+        "step": 100,
+        "ema": 1,
+        "separate": True,
+        "captions": True,
+        "settings": {"steps": 20, "solver": "heun", "guidance": 4.0, "shift": 2.0, "seed": 3, "frames": 5},
+    }
+    flagdit("sample runs/x --label 3 --label 0")
+    assert got["conditions"] == [3, 0] and got["sizes"] == [] and set(got["settings"].values()) == {None}
+
+
+def test_recipe_show_prints_a_recipe(flagdit, tmp_path):
+    code, out, _ = flagdit("recipe show quickstart model.dim=64 name=shown")
+    assert code == 0
+    (tmp_path / "shown.yaml").write_text(out)
+    assert load_recipe(tmp_path / "shown.yaml") == load_recipe("quickstart", ["model.dim=64", "name=shown"])
+
+
+def test_pictures_become_a_data_set(flagdit, tmp_path):
+    (tmp_path / "src").mkdir()
+    for i in range(4):
+        picture = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"src/p{i}.png")
+        (tmp_path / f"src/p{i}.txt").write_text(f"picture {i}")
+    code, _, err = flagdit(f"data build folder {tmp_path}/raw --from {tmp_path}/src --size 8 --multiple 4")
+    assert code == 0, err
+    code, _, err = flagdit(
+        f"data encode {tmp_path}/raw {tmp_path}/enc --recipe quickstart model.text_dim=0 --dtype fp16"
+    )
+    assert code == 0, err
+    code, out, _ = flagdit(f"data stats {tmp_path}/enc")
+    assert code == 0
+    described = json.loads(out)
+    assert (described["samples"], described["sizes"], described["dtype"]) == (4, {"8×8": 4}, "fp16")
+    hub = "codec.kind=diffusers codec.path=stabilityai/sd-vae 'model.modalities={image: 4}'"
+    code, _, err = flagdit(f"data encode {tmp_path}/raw {tmp_path}/enc2 --recipe quickstart {hub}")
+    assert code == 2 and "looks like a hub name" in err and not (tmp_path / "enc2").exists()
+
+
+def test_data_build_passes_on_all_that_it_is_given(flagdit, monkeypatch):
+    got = []
+    monkeypatch.setattr("flagdit.data_pipelines.build.build_dataset", lambda *args, **rest: got.append((args, rest)))
+    line = "data build emoji out --size 24 --multiple 4 --styles twemoji,openmoji --limit 8 --holdout 0.1 --seed 5"
+    code, _, err = flagdit(line + " --aspects 1:1,3:2 --shard-samples 7 --max-bad 0.5 --overwrite")
+    assert code == 0, err
+    ((kind, out), rest) = got[0]
+    assert (kind, out) == ("emoji", Path("out"))
+    assert rest == {
+        "size": 24,
+        "multiple": 4,
+        "styles": ["twemoji", "openmoji"],
+        "limit": 8,
+        "holdout": 0.1,
+        "seed": 5,
+        "aspects": ["1:1", "3:2"],
+        "shard_samples": 7,
+        "max_bad": 0.5,
+        "overwrite": True,
+    }
+
+
+def test_bench_runs_a_script_with_its_arguments(flagdit, monkeypatch):
+    got = []
+    monkeypatch.setattr(
+        cli.runpy, "run_path", lambda path, run_name: got.append((Path(path).name, run_name, sys.argv[1:]))
+    )
+    assert flagdit("bench model_cpu --threads 1 x")[0] == 0
+    assert got == [("model_cpu.py", "__main__", ["--threads", "1", "x"])]
+    for outside in ("../flagdit/cli", "/etc/hostname"):
+        code, _, err = flagdit(f"bench {outside}")
+        assert code == 2 and "there is no benchmark" in err
