@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -199,11 +200,9 @@ def read_npy(view: memoryview) -> np.ndarray:
     """
     try:
         magic, version, length = struct.unpack_from("<6sHH", view)
-        header = ast.literal_eval(bytes(view[10 : 10 + length]).decode("latin-1"))
-        dtype = np.dtype(header["descr"])
-        shape = tuple(int(n) for n in header["shape"])
+        dtype, shape, fortran = _npy_header(bytes(view[10 : 10 + length]))
         content = view[10 + length :]
-        if magic != b"\x93NUMPY" or version != 1 or header["fortran_order"] or dtype.kind not in "fiu":
+        if magic != b"\x93NUMPY" or version != 1 or fortran or dtype.kind not in "fiu":
             raise DataError("not a plain numeric .npy file")
         count = int(np.prod(shape, dtype=object))
         if min(shape, default=0) < 0 or count * dtype.itemsize != len(content):
@@ -213,3 +212,9 @@ def read_npy(view: memoryview) -> np.ndarray:
         raise
     except (struct.error, ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         raise DataError(f"not a .npy file: {error}") from error
+
+
+@lru_cache(maxsize=1024)  # a data set has few shapes, and parsing one costs more than reading the sample
+def _npy_header(text: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
+    header = ast.literal_eval(text.decode("latin-1"))
+    return np.dtype(header["descr"]), tuple(int(n) for n in header["shape"]), bool(header["fortran_order"])
