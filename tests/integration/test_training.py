@@ -17,6 +17,8 @@ from flagdit.data_pipelines.loader import build_loader, validation_batches
 from flagdit.errors import RecipeError
 from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching
+from flagdit.generate.images import grid, to_image
+from flagdit.generate.pipeline import load_pipeline
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.train import step as step_module
 from flagdit.train.display import PlainDisplay
@@ -62,8 +64,8 @@ def test_a_run_leaves_everything_in_its_folder(tiny, capsys):
         | {f"optimizer/{name}.{m}" for name in model_names(recipe) for m in ("exp_avg", "exp_avg_sq")}
         | {"optimizer/step"}
     )
-    with Image.open(folder / "samples" / "step_00000004.png") as grid:
-        assert grid.size == (3 * 8 * 16 + 2 * 2, 8 * 16)  # enlarged to 128 pixels a side
+    with Image.open(folder / "samples" / "step_00000004.png") as sheet:
+        assert sheet.size == (3 * 8 * 16 + 2 * 2, 8 * 16)  # enlarged to 128 pixels a side
     assert sorted(p.name for p in (folder / "samples").iterdir()) == [
         f"step_0000000{n}.{kind}" for n in (4, 6) for kind in ("json", "png")
     ]
@@ -130,6 +132,19 @@ def test_validation_is_the_loss_of_the_first_average(tiny):
             found[str(t)] = sum(errors) / 4
     assert line["val_loss_at"] == pytest.approx(found, rel=1e-5) and line["val_weights"] == "ema_0.99"
     assert line["val_loss"] == pytest.approx(sum(found.values()) / 2, rel=1e-5)
+
+
+def test_grids_are_drawn_from_the_average_that_the_recipe_names(tiny):
+    recipe = tiny(sample__every=6, sample__prompts="[a,b]", sample__ema=1, train__ema_warmup=False)
+    folder = train(recipe)
+    with Image.open(folder / "samples" / "step_00000006.png") as sheet:
+        drawn = sheet.tobytes()
+    found = {}
+    for ema in (0, 1, -1):
+        pixels = load_pipeline(folder, ema=ema).generate(["a", "b"], recipe.sample)
+        found[ema] = grid([to_image(x) for x in pixels], columns=8, zoom=16).tobytes()
+    assert drawn == found[1] and found[1] not in (found[0], found[-1])
+    assert json.loads((folder / "samples" / "step_00000006.json").read_text())["weights"] == "ema_0.5"
 
 
 def spoil(monkeypatch, sample_id: int, epochs: set[int]) -> None:
@@ -213,8 +228,8 @@ def test_prompts_reach_the_model(pictures, tiny, tmp_path):
                   sample__every=6, sample__prompts="[picture 1,picture 2]", validation__every=6)  # fmt: skip
     encode_dataset(pictures, tmp_path / "text", recipe)
     folder = train(recipe)
-    with Image.open(folder / "samples" / "step_00000006.png") as grid:
-        one, two = (grid.crop((x, 0, x + 128, 128)).tobytes() for x in (0, 130))
+    with Image.open(folder / "samples" / "step_00000006.png") as sheet:
+        one, two = (sheet.crop((x, 0, x + 128, 128)).tobytes() for x in (0, 130))
     assert one != two
 
 
