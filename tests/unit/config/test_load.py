@@ -1,5 +1,6 @@
 """Reading recipes: bases, overrides, types, and the errors that name file and line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,11 @@ def test_diff_names_changed_keys():
     a, b = load_recipe("quickstart"), load_recipe("quickstart", ["model.dim=256", "train.ema_decays=[0.5]"])
     assert diff(a, b) == [("model.dim", 128, 256), ("train.ema_decays", [0.995, 0.98], [0.5])]
     assert list(flatten(a)) == list(all_keys())
+
+
+def test_examples_of_the_documentation_load(write, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    page = (Path(__file__).parents[3] / "docs/recipes.md").read_text()
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    loaded = [load_recipe(write(text)) for text in examples]
+    assert [r.model.dim for r in loaded] == [192, 512] and loaded[1].run_dir == "/scratch/runs"
