@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -158,11 +159,14 @@ class Loader:
         """
         try:
             loaded = next(self._loaded)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A worker killed while it handed over a tensor shows as a broken connection, not as torch's own error.
+            sentinels = [w.sentinel for w in getattr(self._loaded, "_workers", ())]
+            dead = wait(sentinels, timeout=5.0) if sentinels else []
+            if not dead:
                 raise
             raise DataError(
-                f"a loader process died ({error})",
+                f"{len(dead)} of {self.recipe.data.workers} loader processes died ({type(error).__name__}: {error})",
                 fix="Often memory ran out: lower data.workers or data.prefetch. The same command continues the run.",
             ) from error
         if loaded.error is not None:

@@ -157,7 +157,7 @@ def test_a_dead_worker_is_one_paragraph(make_recipe, emoji_encoded: Path, monkey
     assert not getattr(handler, "__module__", "").startswith("torch"), "it would raise anywhere in a step"
     (worker,) = loader._loaded._workers
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a loader process died.*lower data\.workers"):
+    with pytest.raises(DataError, match=r"1 of 1 loader processes died.*lower data\.workers"):
         for _ in range(100):
             next(loader)
 
