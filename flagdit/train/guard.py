@@ -97,8 +97,9 @@ class Guard:
             raise TrainingError(
                 f"{self.consecutive} bad steps in a row up to step {step}; the last one: {reason}",
                 where=str(self.ledger),
-                fix="The ledger names the samples. No bad step has reached the weights, and the checkpoints "
-                "are untouched. Mend the data, raise guard.max_consecutive, or start a new run with a lower optimizer.lr.",
+                fix="The ledger names the samples. No bad step has reached the weights, and the "
+                "checkpoints are untouched. Mend the data, raise guard.max_consecutive, or start a new run "
+                "with a lower optimizer.lr.",
             )
 
     def unreadable(self, bad: Sequence[BadSample], tell: Callable[[str], None]) -> None:
