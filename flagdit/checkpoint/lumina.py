@@ -113,7 +113,7 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
     if problems:
         raise CheckpointError(
             f"the checkpoint does not fit the model: {'; '.join(problems)}",
-            fix="Give the configuration that it was trained with (size, block, modalities, text_dim, qk_norm, learn_sigma).",
+            fix="Give the configuration it was trained with (size, block, modalities, text_dim, qk_norm, learn_sigma).",
         )
 
 
