@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flagdit.config.schema import ModelConfig
-from flagdit.model.attention_backends import Pairs, attention
+from flagdit.model.attention_backends import AttentionBackend, Pairs
 from flagdit.model.rope import Rotation
 from flagdit.model.segments import Samples
 
@@ -26,6 +26,7 @@ class Context:
     """What all blocks share in one forward.
 
     Attributes:
+        attention: computes softmax(q·kᵀ/√D)·v inside each sample.
         samples: which tokens belong to which sample, for modulation.
         rotation: RoPE of every token.
         self_pairs: image tokens that see each other.
@@ -34,6 +35,7 @@ class Context:
         temperature_T11: (T, 1, 1) factor on the queries of self-attention (proportional attention); None: 1.
     """
 
+    attention: AttentionBackend
     samples: Samples
     rotation: Rotation
     self_pairs: Pairs
@@ -92,12 +94,12 @@ class Attention(nn.Module):
         k_TKD = ctx.rotation(self.k_norm(self.wk(x_TE)))
         v_TKD = self.wv(x_TE).unflatten(-1, (-1, self.head_dim))
         q_self_THD = q_THD if ctx.temperature_T11 is None else q_THD * ctx.temperature_T11
-        out_THD = attention(q_self_THD, k_TKD, v_TKD, ctx.self_pairs)
+        out_THD = ctx.attention(q_self_THD, k_TKD, v_TKD, ctx.self_pairs)
         if text_MY is not None:
             assert ctx.text_pairs is not None
             # Text keys have no position: they are normed and not rotated, and the temperature is not theirs.
             k_MKD = self.ky_norm(self.wk_y(text_MY))
             v_MKD = self.wv_y(text_MY).unflatten(-1, (-1, self.head_dim))
-            cross_THD = attention(q_THD, k_MKD, v_MKD, ctx.text_pairs)
+            cross_THD = ctx.attention(q_THD, k_MKD, v_MKD, ctx.text_pairs)
             out_THD = torch.addcmul(out_THD, cross_THD, self.gate.tanh()[:, None])
         return self.wo(out_THD.flatten(1))

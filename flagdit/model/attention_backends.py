@@ -13,7 +13,7 @@ BACKENDS (fastest first) and its name in the tests, which compare every backend 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -128,9 +128,8 @@ class Sdpa:
 BACKENDS: tuple[AttentionBackend, ...] = (Sdpa(),)
 
 
-@lru_cache(maxsize=64)
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """The first of BACKENDS that does not refuse."""
+    """The first of BACKENDS that does not refuse. Called once per forward, before any block runs."""
     refusals = {}
     for backend in BACKENDS:
         reason = backend.refusal(device, dtype, head_dim)
@@ -138,14 +137,3 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> A
             return backend
         refusals[backend.name] = reason
     raise AssertionError(f"no attention backend serves {device}, {dtype}, head size {head_dim}: {refusals}")
-
-
-def attention(q_THD: Tensor, k_UKD: Tensor, v_UKD: Tensor, pairs: Pairs) -> Tensor:
-    """softmax(q·kᵀ/√D)·v inside each sample.
-
-    Args:
-        q_THD: (T, H, D) queries of the pack.
-        k_UKD, v_UKD: (U, K, D) keys and values.
-        pairs: token counts of the samples.
-    """
-    return choose_backend(q_THD.device, q_THD.dtype, q_THD.shape[-1])(q_THD, k_UKD, v_UKD, pairs)

@@ -26,7 +26,7 @@ from flagdit.batch import PackedBatch, PackedText, Patches
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
 from flagdit.model.attention import Context
-from flagdit.model.attention_backends import Pairs
+from flagdit.model.attention_backends import Pairs, choose_backend
 from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
 from flagdit.model.modality import MODALITIES
@@ -156,6 +156,7 @@ class FlagDiT(nn.Module):
             factor_S = torch.tensor(factors, dtype=self.dtype).to(layout.segment_ids.device)
             temperature_T11 = factor_S[layout.segment_ids][:, None, None]
         return Context(
+            attention=choose_backend(layout.segment_ids.device, self.dtype, self.cfg.dim // self.cfg.num_heads),
             samples=Samples(runs_of(layout.seqlens), layout.segment_ids),
             rotation=build_rotation(self.cfg, layout, t_S, inference.rope),
             self_pairs=Pairs(layout.seqlens, layout.seqlens, layout.cu_seqlens, layout.cu_seqlens),
