@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _conditions import write_result
 from torch import Tensor, nn
 
 from flagdit.batch import PackedBatch, PackedText, Segment
@@ -211,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--out", type=Path, help="also write the figures to this file")
+    parser.add_argument("--out", type=Path, help="also write figures and conditions to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows, difference = measure(args.rounds)
@@ -220,10 +221,9 @@ def main() -> None:
         print(f"{name:<10}{ours:>18,.0f}{theirs:>18,.0f}{ratio:>8.2f}")
     figures = {f"{name}_ratio": round(ratio, 3) for name, _, _, ratio in rows}
     figures["max_difference"] = difference
-    line = json.dumps(figures)
     if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+        write_result(args.out, figures, ("torch", "diffusers"), threads=args.threads, rounds=args.rounds)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -285,14 +285,12 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="A sc
     Example:
       flagdit bench model_cpu
     """
-    scripts = {p.stem: p for p in (Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py")}
+    scripts = {p.stem: p for p in (Path(__file__).resolve().parents[1] / "benchmarks").glob("[!_]*.py")}
     if name not in scripts:
         known = ", ".join(sorted(scripts))
         fix = f"There are: {known}." if known else "Run this from a source checkout (pip install --editable .)."
         raise RecipeError(f"there is no benchmark {name!r}", fix=fix)
-    script = str(scripts[name])
-    sys.argv = [script, *context.args]
-    runpy.run_path(script, run_name="__main__")
+    sys.exit(subprocess.run([sys.executable, scripts[name], *context.args]).returncode)
 
 
 @app.callback(invoke_without_command=True)

@@ -230,11 +230,14 @@ def test_data_build_passes_on_all_that_it_is_given(flagdit, monkeypatch):
 
 def test_bench_runs_a_script_with_its_arguments(flagdit, monkeypatch):
     got = []
-    monkeypatch.setattr(
-        cli.runpy, "run_path", lambda path, run_name: got.append((Path(path).name, run_name, sys.argv[1:]))
-    )
-    assert flagdit("bench model_cpu --threads 1 x")[0] == 0
-    assert got == [("model_cpu.py", "__main__", ["--threads", "1", "x"])]
+
+    def run(command):
+        got.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert flagdit("bench model_cpu --threads 1 x")[0] == 3
+    assert [(c[0], c[1].name, c[2:]) for c in got] == [(sys.executable, "model_cpu.py", ["--threads", "1", "x"])]
     for outside in ("../flagdit/cli", "/etc/hostname"):
         code, _, err = flagdit(f"bench {outside}")
         assert code == 2 and "there is no benchmark" in err
