@@ -45,9 +45,9 @@ def check_validation(recipe: Recipe, dataset: Dataset) -> None:
 
 def _raise(dataset: Dataset, faults: list[str]) -> None:
     if faults:
-        several = "".join(f"\n  {i}. {fault}" for i, fault in enumerate(faults, start=1)) + "\n "
+        several = "".join(f"\n  {i}. {fault}" for i, fault in enumerate(faults, start=1))
         raise DataError(
-            f"does not suit the recipe: {faults[0] if len(faults) == 1 else several}",
+            f"does not suit the recipe:{f' {faults[0]}' if len(faults) == 1 else several}",
             where=str(dataset.path),
             fix="Change the recipe, or encode the data set again with it (`flagdit data encode`).",
         )

@@ -17,7 +17,9 @@ class FlagDiTError(ValueError):
     def __init__(self, what: str, *, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix
         head = f"{where}: {what}" if where else what
-        super().__init__(f"{head.rstrip('.')}. {fix}".strip() if fix else head)
+        # After a list of faults, the fix for all of them stands on a line of its own.
+        between = "\n" if "\n" in head else ". "
+        super().__init__(f"{head.rstrip('.')}{between}{fix}" if fix else head)
 
     def __reduce__(self) -> tuple:
         # Exceptions cross process boundaries (loader workers, spawned ranks); keyword arguments must survive pickling.
