@@ -177,11 +177,16 @@ def _flow_noise_backward_kernel(table, dmixed, dtarget, t, ddata, UNIT: tl.const
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@torch.library.custom_op("flagdit::normal", mutates_args=())
-def _normal(table: Tensor, unit: int, total: int) -> Tensor:
+def run_normal(table: Tensor, unit: int, total: int) -> Tensor:
+    """Allocates and launches."""
     z = language.empty((total,), torch.float32, table.device)
     launch(_normal_kernel, len(table), {"table": table, "z": z, "UNIT": unit, "BLOCK": BLOCK}, **OPTIONS)
     return z
+
+
+@torch.library.custom_op("flagdit::normal", mutates_args=())
+def _normal(table: Tensor, unit: int, total: int) -> Tensor:
+    return run_normal(table, unit, total)
 
 
 @_normal.register_fake

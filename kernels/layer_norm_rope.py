@@ -21,8 +21,16 @@ from torch import Tensor
 from flagdit.kernels import language, rope
 from flagdit.kernels.dispatch import use_triton
 from flagdit.kernels.language import jit, launch, rows_of, tl
-from flagdit.kernels.rms_norm_modulate import row_shape, row_warps
-from flagdit.kernels.rope import Angles, angle_args, sin_cos, turn_pairs
+from flagdit.kernels.rope import (
+    Angles,
+    angle_args,
+    head_places,
+    load_angles,
+    tile_mask,
+    tile_shape,
+    tile_warps,
+    turn_pairs,
+)
 
 PROGRAMS = 512
 
@@ -35,84 +43,66 @@ def reference(x_TW: Tensor, weight_W: Tensor, bias_W: Tensor, angles: Angles, he
 
 
 @jit
-def _row_angles(
-    cos, sin, position, frequency, rows, within, position_stride,
-    WIDTH: tl.constexpr, PAIRS: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """As `rope.load_angles`, for rows that hold all heads: the angles repeat from head to head."""
-    place = tl.arange(0, BLOCK // 2)
-    pairs = place % PAIRS
-    mask = within[:, None] & (place < WIDTH // 2)[None, :]
-    rows64 = rows.to(tl.int64)[:, None]
-    if cos is not None:
-        cosine = tl.load(cos + rows64 * PAIRS + pairs[None, :], mask=mask, other=1.0).to(tl.float32)
-        sine = tl.load(sin + rows64 * PAIRS + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
-    else:
-        where = tl.load(position + rows64 * position_stride + pairs[None, :] % AXES, mask=mask, other=0)
-        turn = tl.load(frequency + pairs, mask=place < WIDTH // 2, other=0.0)
-        sine, cosine = sin_cos(where.to(tl.float32) * turn[None, :])
-    return cosine, sine
-
-
-@jit
 def _layer_norm_rope_kernel(
-    x, weight, bias, cos, sin, position, frequency, y, statistics, num_rows, x_stride, position_stride, eps,
-    D: tl.constexpr, PAIRS: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, weight, bias, cos, sin, position, frequency, y, statistics, num_tokens, x_stride, position_stride, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, AXES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    within = rows < num_rows
-    mask = within[:, None] & inside[None, :]
-    rows64 = rows.to(tl.int64)[:, None]
-    value = tl.load(x + rows64 * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    addend = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value, 1) / D
-    value = tl.where(inside[None, :], value - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
-    tl.store(statistics + 2 * rows, mean, mask=within)
-    tl.store(statistics + 2 * rows + 1, inverse, mask=within)
-    result = value * inverse[:, None] * gain[None, :] + addend[None, :]
-    cosine, sine = _row_angles(cos, sin, position, frequency, rows, within, position_stride, D, PAIRS, AXES, BLOCK)
-    result = turn_pairs(result, cosine, sine, ROWS, BLOCK)
-    tl.store(y + rows64 * D + columns[None, :], result.to(y.dtype.element_ty), mask=mask)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    within = tokens < num_tokens
+    tokens64 = tokens.to(tl.int64)[:, None, None]
+    place = head_places(D, BLOCK_HEADS, BLOCK)
+    inside = tile_mask(tl.full((1,), 1, tl.int1), HEADS, D, BLOCK_HEADS, BLOCK)
+    mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
+    cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
+    value = tl.load(x + tokens64 * x_stride + place, mask=mask, other=0.0).to(tl.float32)
+    gain = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    addend = tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(value, 2), 1) / (HEADS * D)
+    value = tl.where(inside, value - mean[:, None, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(tl.sum(value * value, 2), 1) / (HEADS * D) + eps)
+    tl.store(statistics + 2 * tokens, mean, mask=within)
+    tl.store(statistics + 2 * tokens + 1, inverse, mask=within)
+    result = value * inverse[:, None, None] * gain + addend
+    result = turn_pairs(result, cosine, sine, TOKENS, BLOCK_HEADS, BLOCK)
+    tl.store(y + tokens64 * (HEADS * D) + place, result.to(y.dtype.element_ty), mask=mask)
 
 
 @jit
 def _layer_norm_rope_backward_kernel(
     dy, x, weight, cos, sin, position, frequency, statistics, dx, parts,
-    num_rows, dy_stride, x_stride, position_stride,
-    D: tl.constexpr, PAIRS: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    num_tokens, dy_stride, x_stride, position_stride,
+    HEADS: tl.constexpr, D: tl.constexpr, AXES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    sum_scaled = tl.zeros((ROWS, BLOCK), tl.float32)
-    sum_plain = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = start + tl.arange(0, ROWS)
-        within = rows < num_rows
-        mask = within[:, None] & inside[None, :]
-        rows64 = rows.to(tl.int64)[:, None]
-        grad = tl.load(dy + rows64 * dy_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        normed = tl.load(x + rows64 * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(statistics + 2 * rows, mask=within, other=0.0)[:, None]
-        inverse = tl.load(statistics + 2 * rows + 1, mask=within, other=0.0)[:, None]
-        cosine, sine = _row_angles(cos, sin, position, frequency, rows, within, position_stride, D, PAIRS, AXES, BLOCK)
-        grad = turn_pairs(grad, cosine, -sine, ROWS, BLOCK)
-        normed = tl.where(inside[None, :], (normed - mean) * inverse, 0.0)
+    place = head_places(D, BLOCK_HEADS, BLOCK)
+    inside = tile_mask(tl.full((1,), 1, tl.int1), HEADS, D, BLOCK_HEADS, BLOCK)
+    gain = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    sum_scaled = tl.zeros((TOKENS, BLOCK_HEADS, BLOCK), tl.float32)
+    sum_plain = tl.zeros((TOKENS, BLOCK_HEADS, BLOCK), tl.float32)
+    step = tl.num_programs(0) * TOKENS
+    for start in tl.range(tl.program_id(0) * TOKENS, num_tokens, step, num_stages=STAGES):
+        tokens = start + tl.arange(0, TOKENS)
+        tokens64 = tokens.to(tl.int64)[:, None, None]
+        within = tokens < num_tokens
+        mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
+        grad = tl.load(dy + tokens64 * dy_stride + place, mask=mask, other=0.0).to(tl.float32)
+        normed = tl.load(x + tokens64 * x_stride + place, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(statistics + 2 * tokens, mask=within, other=0.0)[:, None, None]
+        inverse = tl.load(statistics + 2 * tokens + 1, mask=within, other=0.0)[:, None, None]
+        cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
+        grad = turn_pairs(grad, cosine, -sine, TOKENS, BLOCK_HEADS, BLOCK)
+        normed = tl.where(inside, (normed - mean) * inverse, 0.0)
         sum_scaled += grad * normed
         sum_plain += grad
-        grad *= gain[None, :]
-        scaled_mean = tl.sum(grad * normed, 1)[:, None] / D
-        plain_mean = tl.sum(grad, 1)[:, None] / D
+        grad *= gain
+        scaled_mean = tl.sum(tl.sum(grad * normed, 2), 1)[:, None, None] / (HEADS * D)
+        plain_mean = tl.sum(tl.sum(grad, 2), 1)[:, None, None] / (HEADS * D)
         result = (grad - plain_mean - normed * scaled_mean) * inverse
-        tl.store(dx + rows64 * D + columns[None, :], result.to(dx.dtype.element_ty), mask=mask)
-    part = parts + tl.program_id(0).to(tl.int64) * (2 * D)
-    tl.store(part + columns, tl.sum(sum_scaled, 0), mask=inside)
-    tl.store(part + D + columns, tl.sum(sum_plain, 0), mask=inside)
+        tl.store(dx + tokens64 * (HEADS * D) + place, result.to(dx.dtype.element_ty), mask=mask)
+    part = parts + tl.program_id(0).to(tl.int64) * (2 * HEADS * D)
+    tl.store(part + place, tl.sum(sum_scaled, 0)[None], mask=inside)
+    tl.store(part + HEADS * D + place, tl.sum(sum_plain, 0)[None], mask=inside)
 
 
 def run_forward(
@@ -131,13 +121,13 @@ def run_forward(
     num_rows, width = x.shape
     y = language.empty((num_rows, width), x.dtype, x.device)
     statistics = language.empty((num_rows, 2), torch.float32, x.device)
-    shape = row_shape(width)
+    shape = tile_shape(width // head_dim, head_dim)
     args = {
         "x": x, "weight": weight, "bias": bias, **angle_args(cos, sin, position, frequency), "y": y,
-        "statistics": statistics, "num_rows": num_rows, "x_stride": x.stride(0), "eps": eps,
-        "D": width, "PAIRS": head_dim // 2, **shape,
+        "statistics": statistics, "num_tokens": num_rows, "x_stride": x.stride(0), "eps": eps,
+        "HEADS": width // head_dim, "D": head_dim, **shape,
     }  # fmt: skip
-    launch(_layer_norm_rope_kernel, -(-num_rows // shape["ROWS"]), args, num_warps=row_warps(width))
+    launch(_layer_norm_rope_kernel, -(-num_rows // shape["TOKENS"]), args, num_warps=tile_warps(shape))
     return y, statistics
 
 
@@ -156,15 +146,15 @@ def run_backward(
     dy, x = rows_of(dy), rows_of(x)
     num_rows, width = x.shape
     dx = language.empty((num_rows, width), x.dtype, x.device)
-    shape = row_shape(width)
-    programs = min(-(-num_rows // shape["ROWS"]), PROGRAMS)
+    shape = tile_shape(width // head_dim, head_dim)
+    programs = min(-(-num_rows // shape["TOKENS"]), PROGRAMS)
     parts = language.empty((programs, 2, width), torch.float32, x.device)
     args = {
         "dy": dy, "x": x, "weight": weight, **angle_args(cos, sin, position, frequency),
-        "statistics": statistics, "dx": dx, "parts": parts, "num_rows": num_rows,
-        "dy_stride": dy.stride(0), "x_stride": x.stride(0), "D": width, "PAIRS": head_dim // 2, **shape, "STAGES": 2,
+        "statistics": statistics, "dx": dx, "parts": parts, "num_tokens": num_rows, "dy_stride": dy.stride(0),
+        "x_stride": x.stride(0), "HEADS": width // head_dim, "D": head_dim, **shape, "STAGES": 3,
     }  # fmt: skip
-    launch(_layer_norm_rope_backward_kernel, programs, args, num_warps=row_warps(width, 8))
+    launch(_layer_norm_rope_backward_kernel, programs, args, num_warps=tile_warps(shape, 8))
     return dx, parts.sum(0)
 
 

@@ -21,7 +21,17 @@ from torch import Tensor
 from flagdit.kernels import language, rope
 from flagdit.kernels.dispatch import use_triton
 from flagdit.kernels.language import jit, launch, tl
-from flagdit.kernels.rope import Angles, angle_args, heads_of, load_angles, tile_shape, tile_warps, turn_pairs
+from flagdit.kernels.rope import (
+    Angles,
+    angle_args,
+    head_places,
+    heads_of,
+    load_angles,
+    tile_mask,
+    tile_shape,
+    tile_warps,
+    turn_pairs,
+)
 
 PROGRAMS = 1024
 
@@ -36,17 +46,18 @@ def reference(x_THD: Tensor, weight_D: Tensor, angles: Angles, eps: float) -> Te
 
 @jit
 def _normed_turned(
-    x, weight, y, tokens, heads, columns, within, cosine, sine, x_stride, eps,
-    HEAD_STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, weight, y, tokens64, within, cosine, sine, x_stride, eps, HEAD_STRIDE: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    mask = (within & (heads < HEADS))[:, None] & (columns < D)[None, :]
-    tokens64 = tokens.to(tl.int64)
-    places = (tokens64 * x_stride + heads * HEAD_STRIDE)[:, None] + columns[None, :]
+    columns = tl.arange(0, BLOCK)
+    mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
+    places = tokens64 * x_stride + head_places(HEAD_STRIDE, BLOCK_HEADS, BLOCK)
     value = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
     gain = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
-    result = turn_pairs(value * inverse[:, None] * gain[None, :], cosine, sine, ROWS, BLOCK)
-    places = (tokens64 * (HEADS * D) + heads * D)[:, None] + columns[None, :]
+    inverse = tl.rsqrt(tl.sum(value * value, 2) / D + eps)
+    value = value * inverse[:, :, None] * gain[None, None, :]
+    result = turn_pairs(value, cosine, sine, TOKENS, BLOCK_HEADS, BLOCK)
+    places = tokens64 * (HEADS * D) + head_places(D, BLOCK_HEADS, BLOCK)
     tl.store(y + places, result.to(y.dtype.element_ty), mask=mask)
 
 
@@ -58,24 +69,17 @@ def _qk_norm_rope_kernel(
     D: tl.constexpr, AXES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK)
-    row = tl.arange(0, TOKENS * BLOCK_Q)
-    tokens = tl.program_id(0) * TOKENS + row // BLOCK_Q
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     within = tokens < num_tokens
+    tokens64 = tokens.to(tl.int64)[:, None, None]
     cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
     _normed_turned(
-        q, q_weight, q_out, tokens, row % BLOCK_Q, columns, within, cosine, sine, q_stride, eps,
-        Q_HEAD_STRIDE, Q_HEADS, D, BLOCK, TOKENS * BLOCK_Q,
+        q, q_weight, q_out, tokens64, within, cosine, sine, q_stride, eps,
+        Q_HEAD_STRIDE, Q_HEADS, D, BLOCK, BLOCK_Q, TOKENS,
     )  # fmt: skip
-    # With as many keys as queries the tile and its angles are the same; fewer key heads make a smaller tile.
-    if BLOCK_K != BLOCK_Q:
-        row = tl.arange(0, TOKENS * BLOCK_K)
-        tokens = tl.program_id(0) * TOKENS + row // BLOCK_K
-        within = tokens < num_tokens
-        cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
     _normed_turned(
-        k, k_weight, k_out, tokens, row % BLOCK_K, columns, within, cosine, sine, k_stride, eps,
-        K_HEAD_STRIDE, K_HEADS, D, BLOCK, TOKENS * BLOCK_K,
+        k, k_weight, k_out, tokens64, within, cosine, sine, k_stride, eps,
+        K_HEAD_STRIDE, K_HEADS, D, BLOCK, BLOCK_K, TOKENS,
     )  # fmt: skip
 
 
@@ -85,32 +89,30 @@ def _backward_loop(
     DY_HEAD_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, TOKENS * BLOCK_HEADS)
-    heads = row % BLOCK_HEADS
     columns = tl.arange(0, BLOCK)
-    gain = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-    total = tl.zeros((TOKENS * BLOCK_HEADS, BLOCK), tl.float32)
+    gain = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)[None, None, :]
+    total = tl.zeros((TOKENS, BLOCK_HEADS, BLOCK), tl.float32)
     step = tl.num_programs(0) * TOKENS
     for start in tl.range(tl.program_id(0) * TOKENS, num_tokens, step, num_stages=STAGES):
-        tokens = start + row // BLOCK_HEADS
-        tokens64 = tokens.to(tl.int64)
+        tokens = start + tl.arange(0, TOKENS)
+        tokens64 = tokens.to(tl.int64)[:, None, None]
         within = tokens < num_tokens
-        mask = (within & (heads < HEADS))[:, None] & (columns < D)[None, :]
-        places = (tokens64 * dy_stride + heads * DY_HEAD_STRIDE)[:, None] + columns[None, :]
+        mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
+        places = tokens64 * dy_stride + head_places(DY_HEAD_STRIDE, BLOCK_HEADS, BLOCK)
         grad = tl.load(dy + places, mask=mask, other=0.0).to(tl.float32)
-        places = (tokens64 * x_stride + heads * HEAD_STRIDE)[:, None] + columns[None, :]
+        places = tokens64 * x_stride + head_places(HEAD_STRIDE, BLOCK_HEADS, BLOCK)
         normed = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
         cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
-        grad = turn_pairs(grad, cosine, -sine, TOKENS * BLOCK_HEADS, BLOCK)
-        inverse = tl.rsqrt(tl.sum(normed * normed, 1) / D + eps)[:, None]
+        grad = turn_pairs(grad, cosine, -sine, TOKENS, BLOCK_HEADS, BLOCK)
+        inverse = tl.rsqrt(tl.sum(normed * normed, 2) / D + eps)[:, :, None]
         normed *= inverse
         total += grad * normed
-        grad *= gain[None, :]
-        mean = tl.sum(grad * normed, 1) / D
-        result = (grad - normed * mean[:, None]) * inverse
-        places = (tokens64 * (HEADS * D) + heads * D)[:, None] + columns[None, :]
+        grad *= gain
+        mean = tl.sum(grad * normed, 2)[:, :, None] / D
+        result = (grad - normed * mean) * inverse
+        places = tokens64 * (HEADS * D) + head_places(D, BLOCK_HEADS, BLOCK)
         tl.store(dx + places, result.to(dx.dtype.element_ty), mask=mask)
-    tl.store(part + columns, tl.sum(total, 0), mask=columns < D)
+    tl.store(part + columns, tl.sum(tl.sum(total, 0), 0), mask=columns < D)
 
 
 @jit

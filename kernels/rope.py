@@ -101,7 +101,7 @@ def load_angles(
     cos, sin, position, frequency, tokens, within, position_stride, PAIRS: tl.constexpr, AXES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines [tokens, pairs] of a tile; tokens that are not `within` do not turn."""
+    """Cosines and sines [tokens, 1, pairs] of a tile, for all its heads; tokens that are not `within` do not turn."""
     pairs = tl.arange(0, BLOCK // 2)
     mask = within[:, None] & (pairs < PAIRS)[None, :]
     tokens64 = tokens.to(tl.int64)[:, None]
@@ -112,35 +112,45 @@ def load_angles(
         place = tl.load(position + tokens64 * position_stride + pairs[None, :] % AXES, mask=mask, other=0)
         turn = tl.load(frequency + pairs, mask=pairs < PAIRS, other=0.0)
         sine, cosine = sin_cos(place.to(tl.float32) * turn[None, :])
-    return cosine, sine
+    return cosine[:, None, :], sine[:, None, :]
 
 
 @jit
-def turn_pairs(x, cosine, sine, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rotates neighbouring columns of x [ROWS, BLOCK] by angles [ROWS, BLOCK/2]."""
-    even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
-    return tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (ROWS, BLOCK))
+def turn_pairs(x, cosine, sine, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotates neighbouring channels of x [TOKENS, HEADS, BLOCK]."""
+    even, odd = tl.split(tl.reshape(x, (TOKENS, HEADS, BLOCK // 2, 2)))
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    return tl.reshape(turned, (TOKENS, HEADS, BLOCK))
+
+
+@jit
+def head_places(HEAD_STRIDE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Places [1, heads, channels] in a token's row."""
+    return (tl.arange(0, BLOCK_HEADS) * HEAD_STRIDE)[None, :, None] + tl.arange(0, BLOCK)[None, None, :]
+
+
+@jit
+def tile_mask(within, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which places of a tile [tokens, heads, channels] there are."""
+    heads = (tl.arange(0, BLOCK_HEADS) < HEADS)[None, :, None] & (tl.arange(0, BLOCK) < D)[None, None, :]
+    return within[:, None, None] & heads
 
 
 @jit
 def _rope_kernel(
-    x, y, cos, sin, position, frequency, num_tokens, x_stride, y_stride, position_stride,
-    HEAD_STRIDE: tl.constexpr, OUT_HEAD_STRIDE: tl.constexpr, SIGN: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, AXES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    x, y, cos, sin, position, frequency, num_tokens, x_stride, y_stride, position_stride, sign,
+    HEAD_STRIDE: tl.constexpr, OUT_HEAD_STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, TOKENS * BLOCK_HEADS)
-    tokens = tl.program_id(0) * TOKENS + row // BLOCK_HEADS
-    heads = row % BLOCK_HEADS
-    columns = tl.arange(0, BLOCK)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     within = tokens < num_tokens
+    tokens64 = tokens.to(tl.int64)[:, None, None]
     cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
-    mask = (within & (heads < HEADS))[:, None] & (columns < D)[None, :]
-    tokens64 = tokens.to(tl.int64)
-    places = (tokens64 * x_stride + heads * HEAD_STRIDE)[:, None] + columns[None, :]
+    mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
+    places = tokens64 * x_stride + head_places(HEAD_STRIDE, BLOCK_HEADS, BLOCK)
     value = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    result = turn_pairs(value, cosine, sine * SIGN, TOKENS * BLOCK_HEADS, BLOCK)
-    places = (tokens64 * y_stride + heads * OUT_HEAD_STRIDE)[:, None] + columns[None, :]
+    result = turn_pairs(value, cosine, sine * sign, TOKENS, BLOCK_HEADS, BLOCK)
+    places = tokens64 * y_stride + head_places(OUT_HEAD_STRIDE, BLOCK_HEADS, BLOCK)
     tl.store(y + places, result.to(y.dtype.element_ty), mask=mask)
 
 
@@ -179,14 +189,14 @@ def run(
     sin: Tensor | None,
     position: Tensor | None,
     frequency: Tensor | None,
-    sign: int,
+    sign: float,
 ) -> None:
     """Launches: y (T, H, D), which may be x, becomes x turned by the angles times `sign`."""
     num_tokens, heads, width = x.shape
     shape = tile_shape(heads, width)
     args = {
         "x": x, "y": y, "num_tokens": num_tokens, "x_stride": x.stride(0), "y_stride": y.stride(0),
-        "HEAD_STRIDE": x.stride(1), "OUT_HEAD_STRIDE": y.stride(1), "SIGN": sign, "HEADS": heads, "D": width,
+        "HEAD_STRIDE": x.stride(1), "OUT_HEAD_STRIDE": y.stride(1), "sign": float(sign), "HEADS": heads, "D": width,
         **angle_args(cos, sin, position, frequency), **shape,
     }  # fmt: skip
     launch(_rope_kernel, -(-num_tokens // shape["TOKENS"]), args, num_warps=tile_warps(shape))

@@ -68,18 +68,18 @@ def ids_of(chunks_C3: Tensor, num_rows: int) -> Tensor:
 
 
 @jit
-def _segment_sums_kernel(parts, offsets, sums, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _segment_sums_kernel(parts, offsets, sums, blocks, width, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     segment = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
+    inside = columns < width
     first = tl.load(offsets + segment)
     end = tl.load(offsets + segment + 1)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(first, end, ROWS):
         rows = start + tl.arange(0, ROWS)
-        places = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        places = rows.to(tl.int64)[:, None] * width + columns[None, :]
         total += tl.load(parts + places, mask=(rows < end)[:, None] & inside[None, :], other=0.0)
-    tl.store(sums + segment.to(tl.int64) * WIDTH + columns, tl.sum(total, 0), mask=inside)
+    tl.store(sums + segment.to(tl.int64) * width + columns, tl.sum(total, 0), mask=inside)
 
 
 def segment_sums(parts_CKW: Tensor, offsets_S: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def segment_sums(parts_CKW: Tensor, offsets_S: Tensor) -> Tensor:
             "offsets": offsets_S,
             "sums": sums_SKW,
             "blocks": blocks,
-            "WIDTH": width,
+            "width": width,
             "BLOCK": block,
             "ROWS": 16,
         },
