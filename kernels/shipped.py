@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,9 @@ def modulated_norms(shape: Shape, tokens: int, dtype: torch.dtype) -> Iterator[P
     x = meta(tokens, shape.dim, dtype=dtype)
     rstd = meta(tokens, dtype=torch.float32)
     norm, gated = rms_norm_modulate, gated_residual_norm
+    # The passes differ in their arguments and results; only their launches matter here.
+    forward: Any
+    tensors: tuple[Any, ...]
     forward = partial(norm.run_forward, x, weight, shift, scale, chunks, EPS)
     yield _recorded("rms_norm_modulate", "forward", forward)
     for name, residual in (("rms_norm_modulate", None), ("rms_norm_modulate_residual", x)):
@@ -112,7 +116,9 @@ def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = Fa
     table = meta(tokens, head_dim // 2, dtype=torch.float32)
     position = meta(tokens, 3, dtype=torch.int64)[:, 1:]
     frequency = meta(head_dim // 2, dtype=torch.float32)
-    angles = (None, None, position, frequency) if computed else (table, table, None, None)
+    angles: Any = (None, None, position, frequency) if computed else (table, table, None, None)
+    forward: Any
+    backward: Any
     forward = partial(qk_norm_rope.run_forward, q, k, weight, weight, *angles, EPS)
     yield _recorded("qk_norm_rope", "forward", forward)
     backward = partial(qk_norm_rope.run_backward, q, k, q, k, weight, weight, *angles, EPS)
