@@ -89,9 +89,9 @@ def modulated_norms(shape: Shape, tokens: int, dtype: torch.dtype) -> Iterator[P
     f_weight = None if flag else weight
     x = meta(tokens, shape.dim, dtype=dtype)
     rstd = meta(tokens, dtype=torch.float32)
-    norm, gated = rms_norm_modulate, gated_residual_norm
     # The passes differ in their arguments and results; only their launches matter here.
-    forward: Any
+    norm: Any = rms_norm_modulate
+    gated: Any = gated_residual_norm
     tensors: tuple[Any, ...]
     forward = partial(norm.run_forward, x, weight, shift, scale, chunks, EPS)
     yield _recorded("rms_norm_modulate", "forward", forward)
@@ -117,19 +117,21 @@ def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = Fa
     position = meta(tokens, 3, dtype=torch.int64)[:, 1:]
     frequency = meta(head_dim // 2, dtype=torch.float32)
     angles: Any = (None, None, position, frequency) if computed else (table, table, None, None)
-    forward: Any
-    backward: Any
-    forward = partial(qk_norm_rope.run_forward, q, k, weight, weight, *angles, EPS)
+    # The passes differ in their arguments and results; only their launches matter here.
+    normed: Any = qk_norm_rope
+    plain: Any = rope
+    together: Any = layer_norm_rope
+    forward = partial(normed.run_forward, q, k, weight, weight, *angles, EPS)
     yield _recorded("qk_norm_rope", "forward", forward)
-    backward = partial(qk_norm_rope.run_backward, q, k, q, k, weight, weight, *angles, EPS)
+    backward = partial(normed.run_backward, q, k, q, k, weight, weight, *angles, EPS)
     yield _recorded("qk_norm_rope", "backward", backward)
     for x in (q,) if shape.num_heads == shape.num_kv_heads else (k,):
-        yield _recorded("rope", "forward", partial(rope.run, x, x, *angles, 1))
+        yield _recorded("rope", "forward", partial(plain.run, x, x, *angles, 1))
         row = x.view(tokens, -1)
         wide, both = meta(row.shape[1], dtype=dtype), meta(tokens, 2, dtype=torch.float32)
-        forward = partial(layer_norm_rope.run_forward, row, wide, wide, *angles, head_dim, EPS)
+        forward = partial(together.run_forward, row, wide, wide, *angles, head_dim, EPS)
         yield _recorded("layer_norm_rope", "forward", forward)
-        backward = partial(layer_norm_rope.run_backward, row, row, wide, *angles, both, head_dim)
+        backward = partial(together.run_backward, row, row, wide, *angles, both, head_dim)
         yield _recorded("layer_norm_rope", "backward", backward)
 
 
