@@ -190,6 +190,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh: tensor × context ranks hold one pack together; what is left of the world is the data axis."""
+
+    tensor: int = key(1, "Ranks that split every block's heads and hidden channels (tensor parallelism).", at_least=1)
+    sequence: bool = key(
+        True, "Split the residual stream's tokens over the tensor axis too (sequence parallelism); no effect alone."
+    )
+    context: int = key(1, "Ranks that split the tokens of a pack (context parallelism).", at_least=1)
+    ring: int = key(
+        1,
+        "Of the context ranks, how many pass keys and values around; the others exchange heads. 1: heads only "
+        "(Ulysses); as many as context: ring only.",
+        at_least=1,
+    )
+    zero: int = key(
+        1, "Shards over data and context ranks: 1 optimizer state, 2 and gradients, 3 and weights (ZeRO).", at_least=0
+    )
+    offload: bool = key(False, "Keep masters and moments in host memory and update them there (ZeRO 1 and 2).")
+    timeout: int = key(600, "Seconds without an answer after which a collective counts as hanging.", at_least=1)
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """The held-out loss, with the same noise and timesteps each time."""
 
@@ -260,6 +282,7 @@ class Recipe:
     optimizer: OptimizerConfig = block(OptimizerConfig)
     guard: GuardConfig = block(GuardConfig)
     train: TrainConfig = block(TrainConfig)
+    parallel: ParallelConfig = block(ParallelConfig)
     validation: ValidationConfig = block(ValidationConfig)
     sample: SampleConfig = block(SampleConfig)
     checkpoint: CheckpointConfig = block(CheckpointConfig)
