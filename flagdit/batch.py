@@ -15,6 +15,7 @@ modality; inside one modality they follow the order of the segments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -90,6 +91,24 @@ class PackLayout:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a rank that holds a part of a pack's tokens knows of the rest (`parallel/context.py`).
+
+    Attributes:
+        attended: the tokens from which this rank makes queries, keys and values: its own ones, and under sequence
+            parallelism those of the other tensor ranks.
+        seqlens: tokens of each sample of the whole pack; what pads the pack comes last, as a sample of its own.
+        cu_seqlens: their offsets, int32.
+        noise: modality → for each of its samples, the first element and the number of elements that are this rank's.
+    """
+
+    attended: PackLayout
+    seqlens: tuple[int, ...]
+    cu_seqlens: Tensor
+    noise: dict[str, tuple[tuple[int, int], ...]]
+
+
+@dataclass(frozen=True)
 class PackedText:
     """Text features of all samples, one after the other.
 
@@ -134,6 +153,10 @@ class PackedBatch:
         text: captions as packed encoder features, for text-conditioned models.
         labels_S: (S,) int64 class ids, for class-conditioned models.
         epoch: pass over the data that this pack belongs to.
+        share: None for a whole pack. Otherwise `layout` and `patches` hold a rank's own tokens only; `segments`, `text`
+            and `labels_S` are those of the whole pack.
+        weightless: stands in for a pack none of whose samples can be read, so that all ranks run equally many packs; it
+            adds nothing to the loss.
     """
 
     segments: tuple[Segment, ...]
@@ -142,6 +165,19 @@ class PackedBatch:
     text: PackedText | None = None
     labels_S: Tensor | None = None
     epoch: int = 0
+    share: Share | None = None
+    weightless: bool = False
+
+    @property
+    def attended(self) -> PackLayout:
+        """The tokens from which this process makes queries, keys and values."""
+        return self.share.attended if self.share else self.layout
+
+    def noise_spans(self, modality: str) -> tuple[tuple[int, int], ...]:
+        """First element and number of elements, in patch order, that this process holds of a modality's samples."""
+        if self.share:
+            return self.share.noise[modality]
+        return tuple((0, math.prod(s.shape)) for s in self.segments if s.modality == modality)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         return replace(
@@ -151,6 +187,12 @@ class PackedBatch:
             text=self.text
             and replace(self.text, features_MY=self.text.features_MY.to(device, non_blocking=non_blocking)),
             labels_S=None if self.labels_S is None else self.labels_S.to(device, non_blocking=non_blocking),
+            share=self.share
+            and replace(
+                self.share,
+                attended=self.share.attended.to(device, non_blocking),
+                cu_seqlens=self.share.cu_seqlens.to(device, non_blocking=non_blocking),
+            ),
         )
 
 

@@ -109,7 +109,7 @@ def _heads(recipe: Recipe) -> Iterator[Problem]:
         good = [h for h in divisors(m.dim) if not (m.dim // h) % 2]
         yield Problem(
             ("model.num_heads", "model.dim"),
-            f"model.num_heads={m.num_heads} must divide model.dim={m.dim}; {_try(m.num_heads, good)}",
+            f"model.num_heads={m.num_heads} must divide model.dim={m.dim}; {nearest_values(m.num_heads, good)}",
         )
         return
     heads = m.num_kv_heads or m.num_heads
@@ -117,7 +117,7 @@ def _heads(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             ("model.num_kv_heads", "model.num_heads"),
             f"model.num_kv_heads={heads} must divide model.num_heads={m.num_heads}; "
-            f"{_try(heads, divisors(m.num_heads))}",
+            f"{nearest_values(heads, divisors(m.num_heads))}",
         )
     # RoPE turns pairs of channels, and each axis needs a pair of its own.
     axes = m.rope_axes if m.rope == "axial" else 1
@@ -128,7 +128,7 @@ def _heads(recipe: Recipe) -> Iterator[Problem]:
             ("model.num_heads", "model.dim", "model.rope", "model.rope_axes"),
             f"model.dim={m.dim} with model.num_heads={m.num_heads} gives heads of {width} channels, but model.rope="
             f"{m.rope} turns pairs of channels, at least {axes}; "
-            + (_try(m.num_heads, good) + " heads" if good else f"make model.dim a multiple of {2 * axes}"),
+            + (nearest_values(m.num_heads, good) + " heads" if good else f"make model.dim a multiple of {2 * axes}"),
         )
 
 
@@ -238,7 +238,7 @@ def _batch(recipe: Recipe) -> Iterator[Problem]:
     if n % parts:
         yield Problem(
             ("train.accumulation", "data.batch_size"),
-            f"train.accumulation={parts} must divide data.batch_size={n}; {_try(parts, divisors(n))}",
+            f"train.accumulation={parts} must divide data.batch_size={n}; {nearest_values(parts, divisors(n))}",
         )
     if recipe.data.max_bad_samples > 1:
         yield Problem(
@@ -349,8 +349,8 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _try(value: int, good: list[int]) -> str:
-    """The nearest good value below and above."""
+def nearest_values(value: int, good: list[int]) -> str:
+    """ "try …" with the nearest good values below and above."""
     near = [max((g for g in good if g < value), default=0), min((g for g in good if g > value), default=0)]
     named = [str(g) for g in near if g]
     return f"try {' or '.join(named)}" if named else "no other value fits"

@@ -7,8 +7,6 @@ on the same numbers, and a rank can draw exactly its part.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ DROPOUT_STREAM = 2
 
 
 def draw_noise(batch: PackedBatch, seed: int) -> Patches:
-    """Standard normal noise for every sample of a pack, in patch order.
+    """Standard normal noise for every sample of a pack, in patch order; of a rank's share, exactly its part.
 
     Args:
         batch: gives identity, size and epoch of the samples; its patches may be empty.
@@ -32,10 +30,19 @@ def draw_noise(batch: PackedBatch, seed: int) -> Patches:
     """
     noise = {}
     for modality, index in batch.layout.patch_index.items():
-        own = [s for s in batch.segments if s.modality == modality]
-        ids = torch.tensor([s.sample_id for s in own], dtype=torch.int64)
-        lengths = [math.prod(s.shape) for s in own]
-        flat = flow_noise.normal(seed, batch.epoch, ids, lengths, index.device)
+        ids = [s.sample_id for s in batch.segments if s.modality == modality]
+        spans = batch.noise_spans(modality)
+        if not any(length for _, length in spans):
+            noise[modality] = torch.zeros_like(batch.patches[modality], dtype=torch.float32)
+            continue
+        flat = flow_noise.normal(
+            seed,
+            batch.epoch,
+            torch.tensor(ids, dtype=torch.int64),
+            [length for _, length in spans],
+            index.device,
+            [start for start, _ in spans],
+        )
         noise[modality] = flat.view(len(index), -1)
     return noise
 

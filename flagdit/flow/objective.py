@@ -5,6 +5,7 @@ Shape legend: S samples, N patch tokens of one modality, P features of a patch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,8 +28,9 @@ class Loss:
     """What one micro-batch gives.
 
     Attributes:
-        total: scalar to call backward on: this pack's share of the mean over the global batch.
-        per_sample_S: (S,) unweighted mean squared errors, detached.
+        total: scalar to call backward on: this pack's part of the mean over the global batch.
+        per_sample_S: (S,) unweighted mean squared errors, detached. Of a rank's share: its tokens' part of them, so
+            that the sum over the ranks is the error.
     """
 
     total: Tensor
@@ -42,8 +44,12 @@ class FlowMatching:
         self.cfg = cfg
 
     def count(self, batch: PackedBatch) -> int:
-        """What a pack adds to the denominator of the mean: its samples, or its patch tokens under token weighting."""
+        """What a whole pack adds to the denominator of the mean: its samples, or its patch tokens under token
+        weighting. A rank's share counts as the whole pack."""
+        if batch.weightless:
+            return 0
         if self.cfg.token_weighting == "token":
+            assert batch.share is None, "count before sharing"
             return sum(len(index) for index in batch.layout.patch_index.values())
         return len(batch.segments)
 
@@ -63,15 +69,16 @@ class FlowMatching:
         predicted = model(interpolate(batch, noise, t_S), t_S, batch)
         wanted = target(batch, noise)
         error_S = torch.zeros(len(batch.segments), device=t_S.device)
-        patches_S = torch.zeros_like(error_S)
         for modality, want_NP in wanted.items():
             error_N = (predicted[modality].float() - want_NP).square().mean(dim=1)
-            segment_N = batch.layout.patch_segment[modality]
-            error_S = error_S.index_add(0, segment_N, error_N)
-            patches_S = patches_S.index_add(0, segment_N, torch.ones_like(error_N))
+            error_S = error_S.index_add(0, batch.layout.patch_segment[modality], error_N)
+        width = {modality: want_NP.shape[1] for modality, want_NP in wanted.items()}
+        patches_S = torch.tensor([math.prod(s.shape) // width[s.modality] for s in batch.segments]).to(t_S.device)
         mean_S = error_S / patches_S
         weighted_S = self.weight(t_S) * (error_S if self.cfg.token_weighting == "token" else mean_S)
-        return Loss(weighted_S.sum() / (denominator or self.count(batch)), mean_S.detach())
+        if batch.weightless:
+            weighted_S = weighted_S * 0
+        return Loss(weighted_S.sum() / max(denominator or self.count(batch), 1), mean_S.detach())
 
     def weight(self, t_S: Tensor) -> Tensor:
         """(S,) weight of each sample: 1, or 1/(1−t) up to 5."""

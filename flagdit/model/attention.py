@@ -9,6 +9,7 @@ Shape legend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,14 @@ from flagdit.model.attention_backends import AttentionBackend, Pairs
 from flagdit.model.rope import Rotation
 from flagdit.model.segments import Samples
 
+SelfAttention = Callable[[Tensor, Tensor, Tensor, Pairs], Tensor]
+"""Queries, keys and values of this process's tokens, and the pairs of the whole pack → (T, H, D) of its tokens."""
+
+
+def project(x_TE: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Several linears that read the same tokens."""
+    return tuple(linear(x_TE) for linear in linears)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -27,15 +36,17 @@ class Context:
 
     Attributes:
         attention: computes softmax(q·kᵀ/√D)·v inside each sample.
-        samples: which tokens belong to which sample, for modulation.
-        rotation: RoPE of every token.
-        self_pairs: image tokens that see each other.
+        self_attention: the same between image tokens; under context parallelism the ranks exchange theirs in it.
+        samples: which tokens of the residual stream belong to which sample, for modulation.
+        rotation: RoPE of every token that queries and keys are made of.
+        self_pairs: image tokens of the whole pack that see each other.
         text_MY: packed text features; None without text.
-        text_pairs: image tokens and the text tokens they see; None without text.
+        text_pairs: this process's image tokens and the text tokens they see; None without text.
         temperature_T11: (T, 1, 1) factor on the queries of self-attention (proportional attention); None: 1.
     """
 
     attention: AttentionBackend
+    self_attention: SelfAttention
     samples: Samples
     rotation: Rotation
     self_pairs: Pairs
@@ -69,10 +80,16 @@ class QKNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, plus tanh(gate)·cross-attention with the same queries, then one output projection."""
+    """Self-attention, plus tanh(gate)·cross-attention with the same queries, then one output projection.
+
+    Attributes:
+        project: applies linears to the tokens they share. Tensor parallelism sets another, which gathers the tokens
+            once for all of them.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.project = project
         self.head_dim = cfg.dim // cfg.num_heads
         kv_heads = cfg.num_kv_heads or cfg.num_heads
         kv_dim = kv_heads * self.head_dim
@@ -90,11 +107,12 @@ class Attention(nn.Module):
 
     def forward(self, x_TE: Tensor, text_MY: Tensor | None, ctx: Context) -> Tensor:
         """(T, E) → (T, E). `text_MY` is the block's normed text; None without text."""
-        q_THD = ctx.rotation(self.q_norm(self.wq(x_TE)))
-        k_TKD = ctx.rotation(self.k_norm(self.wk(x_TE)))
-        v_TKD = self.wv(x_TE).unflatten(-1, (-1, self.head_dim))
+        q, k, v = self.project(x_TE, self.wq, self.wk, self.wv)
+        q_THD = ctx.rotation(self.q_norm(q))
+        k_TKD = ctx.rotation(self.k_norm(k))
+        v_TKD = v.unflatten(-1, (-1, self.head_dim))
         q_self_THD = q_THD if ctx.temperature_T11 is None else q_THD * ctx.temperature_T11
-        out_THD = ctx.attention(q_self_THD, k_TKD, v_TKD, ctx.self_pairs)
+        out_THD = ctx.self_attention(q_self_THD, k_TKD, v_TKD, ctx.self_pairs)
         if text_MY is not None:
             assert ctx.text_pairs is not None
             # Text keys have no position: they are normed and not rotated, and the temperature is not theirs.

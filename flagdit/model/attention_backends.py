@@ -114,6 +114,8 @@ class Sdpa:
         values = v_UKD.split([sum(g.seqlens_k) for g in groups])
         outputs = []
         for group, q, k, v in zip(groups, queries, keys, values, strict=True):
+            if not group.len_q:
+                continue
             out_BHLD = F.scaled_dot_product_attention(
                 q.unflatten(0, (-1, group.len_q)).transpose(1, 2),
                 group.batch_keys(k),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flagdit.config.schema import ModelConfig
-from flagdit.model.attention import Attention, Context
+from flagdit.model.attention import Attention, Context, project
 from flagdit.model.segments import modulate, scale_tokens
 
 TP_PLAN: dict[str, str] = {
@@ -30,26 +30,33 @@ TP_PLAN: dict[str, str] = {
     "blocks.*.feed_forward.w2": "row",
     "blocks.*.adaLN_modulation.1": "column_gather",
     "final_adaLN_modulation.1": "column_gather",
+    "blocks.*.attention_y_norm": "feeds_split",
+    "t_embedder": "feeds_split",
+    "text_pooler": "feeds_split",
+    "y_embedder": "feeds_split",
 }
 """Module or parameter name pattern → how tensor parallelism treats it; what is not named is replicated.
 
 column: split the outputs. row: split the inputs, sum the results. column_gather: split the outputs, gather them after.
 heads: a vector with one entry per query head, split with the heads. qk_norm: norms of the split queries and keys: `rms`
 weights are shared by all heads and replicated; `layer` weights are split and their statistics reduced over the ranks.
+feeds_split: replicated, and read by split linears only, so that each rank sees a part of its gradient.
 """
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) · w3 x)."""
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) · w3 x). `project`: see `Attention`."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        self.project = project
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_TE)) * self.w3(x_TE))
+        gate, up = self.project(x_TE, self.w1, self.w3)
+        return self.w2(F.silu(gate) * up)
 
 
 class _Block(nn.Module):

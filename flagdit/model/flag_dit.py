@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from flagdit.batch import PackedBatch, PackedText, Patches
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
-from flagdit.model.attention import Context
+from flagdit.model.attention import Context, SelfAttention
 from flagdit.model.attention_backends import Pairs, choose_backend
 from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
@@ -70,6 +70,10 @@ class FlagDiT(nn.Module):
     Args:
         cfg: shape and variant; `size` and nulls are resolved here, `self.cfg` is the result.
 
+    Attributes:
+        patch_dims: modality → features of a patch.
+        self_attention: set from outside by context parallelism; None: the attention backend.
+
     Raises:
         RecipeError: an impossible shape.
         DataError: an unknown modality.
@@ -80,6 +84,8 @@ class FlagDiT(nn.Module):
         cfg = self.cfg = resolve(cfg)
         assert cfg.cond_dim is not None
         patch_dims = {m: c * math.prod(modality_of(m).patch(cfg.patch_size)) for m, c in cfg.modalities.items()}
+        self.patch_dims = patch_dims
+        self.self_attention: SelfAttention | None = None
         self.stems = nn.ModuleDict({m: nn.Linear(p, cfg.dim) for m, p in patch_dims.items()})
         if cfg.nextline:
             self.nextline = nn.Parameter(torch.empty(cfg.dim))
@@ -129,9 +135,10 @@ class FlagDiT(nn.Module):
         layout = batch.layout
         parts = [(layout.patch_index[m], self.stems[m](x_NP.to(self.dtype))) for m, x_NP in x.items()]
         for name, index in (("nextline", layout.nextline_index), ("nextframe", layout.nextframe_index)):
-            if len(index):
+            # Also where this process holds none: every parameter takes part in every forward, as sharding engines need.
+            if hasattr(self, name):
                 parts.append((index, getattr(self, name).expand(len(index), -1)))
-        if len(parts) == 1:
+        if len(parts) == 1 and len(parts[0][0]) == layout.num_tokens:
             return parts[0][1]
         h_TE = parts[0][1].new_zeros(layout.num_tokens, self.cfg.dim)
         for index, tokens in parts:
@@ -149,21 +156,23 @@ class FlagDiT(nn.Module):
 
     def context(self, t_S: Tensor, batch: PackedBatch, text: PackedText | None, inference: Inference) -> Context:
         """What all blocks share: computed once per forward."""
-        layout = batch.layout
+        layout, attended, whole = batch.layout, batch.attended, batch.share or batch.layout
         temperature_T11 = None
         if inference.proportional_base is not None:
-            factors = [math.sqrt(math.log(n, inference.proportional_base)) for n in layout.seqlens]
-            factor_S = torch.tensor(factors, dtype=self.dtype).to(layout.segment_ids.device)
-            temperature_T11 = factor_S[layout.segment_ids][:, None, None]
+            factors = [math.sqrt(math.log(n, inference.proportional_base)) for n in whole.seqlens[: len(t_S)]]
+            factor_S = torch.tensor(factors, dtype=self.dtype).to(t_S.device)
+            temperature_T11 = factor_S[attended.segment_ids][:, None, None]
+        backend = choose_backend(t_S.device, self.dtype, self.cfg.dim // self.cfg.num_heads)
         return Context(
-            attention=choose_backend(layout.segment_ids.device, self.dtype, self.cfg.dim // self.cfg.num_heads),
+            attention=backend,
+            self_attention=self.self_attention or backend,
             samples=Samples(runs_of(layout.seqlens), layout.segment_ids),
-            rotation=build_rotation(self.cfg, layout, t_S, inference.rope),
-            self_pairs=Pairs(layout.seqlens, layout.seqlens, layout.cu_seqlens, layout.cu_seqlens),
+            rotation=build_rotation(self.cfg, attended, t_S, inference.rope),
+            self_pairs=Pairs(whole.seqlens, whole.seqlens, whole.cu_seqlens, whole.cu_seqlens),
             text_MY=None if text is None else text.features_MY.to(self.dtype),
             text_pairs=None
             if text is None
-            else Pairs(layout.seqlens, text.seqlens, layout.cu_seqlens, text.cu_seqlens),
+            else Pairs(attended.seqlens, text.seqlens, attended.cu_seqlens, text.cu_seqlens),
             temperature_T11=temperature_T11,
         )
 

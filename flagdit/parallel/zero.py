@@ -1,0 +1,419 @@
+"""ZeRO (arXiv 1910.02054) through DeepSpeed: optimizer states, gradients and weights spread over data × context ranks.
+
+DeepSpeed owns the flat buffers, the reduction of gradients and the gathering of weights. This engine owns what must be
+the same on every mesh: the global gradient norm, clipping, the decision whether a step counts, the averages, and the
+way from a rank's slices to whole tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flagdit.batch import PackedBatch
+from flagdit.config.schema import OptimizerConfig, ParallelConfig
+from flagdit.parallel.context import WholeModel, share
+from flagdit.parallel.engine import MOMENTS, Tensors, adamw, allocate_moments, check_names
+from flagdit.parallel.mesh import ParallelContext
+from flagdit.parallel.tensor import Layout
+
+BUCKET = 50_000_000
+"""Elements that one collective reduces or gathers: large enough for full bandwidth, small beside the model."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The slice of a parameter whose fp32 master this rank keeps.
+
+    Attributes:
+        start, stop: elements of this tensor rank's part of the parameter, flattened.
+        group: the flat buffer that holds them.
+        offset: where in it.
+    """
+
+    start: int
+    stop: int
+    group: int
+    offset: int
+
+    def of(self, flats: list[Tensor]) -> Tensor:
+        """The slice, as a view."""
+        return flats[self.group].detach().narrow(0, self.offset, self.stop - self.start)
+
+
+class ZeroEngine:
+    """Weights, gradients and optimizer state over a mesh, with torch's AdamW.
+
+    Args:
+        model: split over the tensor axis, in its compute dtype, on this rank's device.
+        layout: how its parameters lie on the tensor axis.
+        mesh: this rank's place.
+        patch_dims: modality → features of a patch.
+        cfg: AdamW and clipping.
+        parallel: stage and offloading.
+        initial: name and shape of a whole parameter → its fp32 value, so that masters of bf16 weights start unrounded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        mesh: ParallelContext,
+        patch_dims: Mapping[str, int],
+        cfg: OptimizerConfig,
+        parallel: ParallelConfig,
+        initial: Callable[[str, torch.Size], Tensor],
+    ):
+        self.mesh, self._layout, self._patch_dims, self._clip = mesh, layout, patch_dims, cfg.grad_clip
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._module = model
+        self._names_by_id = {id(p): name for name, p in model.named_parameters()}
+        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        self.num_parameters = sum(self._whole_shape(name).numel() for name in self._shapes)
+        self._deepspeed = _initialize(model, cfg, parallel, bf16)
+        self.model: nn.Module = self._deepspeed
+        self._zero: Any = self._deepspeed.optimizer
+        self._stage, self._offload = parallel.zero, parallel.offload
+        allocate_moments(self._zero.optimizer, self._masters)
+        self._pieces = dict(self._find_pieces())
+        self._norm: Tensor | None = None
+        if bf16:
+            for name, master in self.weights().items():
+                master.copy_(self._own(name, initial(name, self._whole_shape(name))))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+    def share(self, batch: PackedBatch) -> PackedBatch:
+        return share(batch, self.mesh, self._patch_dims)
+
+    def total(self, value: Tensor) -> Tensor:
+        return _summed(value, self.mesh.distinct.group)
+
+    def total_samples(self, value: Tensor) -> Tensor:
+        return _summed(value, self.mesh.data.group)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over its ranks; the loss is already this pack's part of the mean over the global batch.
+        self._deepspeed.backward(loss * self.mesh.shards.size, scale_wrt_gas=False)
+
+    def grad_norm(self) -> Tensor:
+        squares = torch.zeros((), device=self.device)
+        for name, grad in self.gradients().items():
+            # A whole parameter has the same gradient on every tensor rank: counted once.
+            if self.mesh.tensor.rank == 0 or self._layout.splits[name].dim is not None:
+                squares += torch.linalg.vector_norm(grad.float()).square().to(self.device)
+        self._norm = _summed(squares, dist.group.WORLD).sqrt()
+        return self._norm
+
+    def step(self, lr: float) -> None:
+        assert self._norm is not None, "grad_norm() comes before step()"
+        if self._clip:
+            # As torch.nn.utils.clip_grads_with_norm_.
+            share = (self._clip / (self._norm + 1e-6)).clamp(max=1.0)
+            for grad in self.gradients().values():
+                grad.mul_(share.to(grad.device))
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
+        self._deepspeed.step()
+        self._norm = None
+
+    def discard(self) -> None:
+        # What DeepSpeed does with a step that overflowed.
+        zero = self._zero
+        zero.zero_grad(set_to_none=True)
+        if self._offload:
+            zero.reset_cpu_buffers()
+        elif self._stage == 3:
+            zero.averaged_gradients = {}
+        else:
+            for i in zero.averaged_gradients:
+                zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
+        zero.micro_step_id = 0 if self._stage == 3 else -1
+        self._norm = None
+
+    def gradients(self) -> Tensors:
+        zero = self._zero
+        if self._offload:
+            flats: list[Any] = [master.grad for master in self._masters]
+            return {name: piece.of(flats) for name, piece in self._pieces.items()}
+        found = {}
+        owners = zero.fp16_groups if self._stage == 3 else zero.params_in_partition
+        for group, params in enumerate(owners):
+            grads = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
+            for p, grad in zip(params, grads, strict=False):
+                if piece := self._pieces.get(name := self._names_by_id[id(p)]):
+                    found[name] = grad.flatten()[: piece.stop - piece.start]
+        return found
+
+    def weights(self) -> Tensors:
+        return {name: piece.of(self._masters) for name, piece in self._pieces.items()}
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        was_training = self._module.training
+        try:
+            self._show(weights)
+            yield self._module.eval()
+        finally:
+            self._show(self.weights())
+            self._module.train(was_training)
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        return WholeModel(model, self.mesh, self._patch_dims)  # type: ignore[return-value]
+
+    def state(self) -> dict[str, Tensors]:
+        return {"model": self.weights(), "optimizer": self._moments()}
+
+    def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.take(groups["model"], self.weights(), "model")
+        moments = self._moments()
+        self.take(groups["optimizer"], moments, "optimizer")
+        for state in self._zero.optimizer.state.values():
+            state["step"].copy_(moments["step"])
+        self._show(self.weights())
+
+    def gather(self, parts: Mapping[str, Tensor]) -> Tensors:
+        whole = {}
+        for name in self._all_names(parts):
+            tensor = self._gathered(name, parts.get(name))
+            if tensor is not None:
+                whole[name] = tensor
+        if "step" in parts and self.mesh.is_first:
+            whole["step"] = parts["step"].cpu()
+        return whole
+
+    @torch.no_grad()
+    def take(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor], group: str) -> None:
+        expected = {name: tuple(self._whole_shape(name)) for name in self._all_names(parts)}
+        check_names({**expected, **({"step": ()} if "step" in parts else {})}, whole, group)
+        for name, part in parts.items():
+            part.copy_(whole[name] if name == "step" else self._own(name, whole[name]))
+
+    # What follows knows DeepSpeed's buffers.
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """Flat fp32 buffers."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _find_pieces(self) -> Iterator[tuple[str, Piece]]:
+        zero, rank, names = self._zero, self.mesh.shards.rank, self._names_by_id
+        if self._stage == 3:
+            for group, params in enumerate(zero.fp16_groups):
+                offset = 0
+                for p in params:
+                    size = p.partition_numel()
+                    start, stop = rank * size, min((rank + 1) * size, p.ds_numel)
+                    if start < stop:
+                        yield names[id(p)], Piece(start, stop, group, offset)
+                    offset += size
+            return
+        for group, params in enumerate(zero.bit16_groups):
+            size, flat = zero.partition_size[group], zero.bit16_groups_flat[group]
+            for p in params:
+                at = p.data.storage_offset() - flat.storage_offset()
+                first, end = max(at, rank * size), min(at + p.numel(), (rank + 1) * size)
+                if first < end:
+                    yield names[id(p)], Piece(first - at, end - at, group, first - rank * size)
+
+    def _moments(self) -> Tensors:
+        states = [self._zero.optimizer.state[m] for m in self._masters]
+        found = {
+            f"{name}.{moment}": piece.of([state[moment] for state in states])
+            for name, piece in self._pieces.items()
+            for moment in MOMENTS
+        }
+        return {**found, "step": states[0]["step"].detach().clone()}
+
+    @torch.no_grad()
+    def _show(self, weights: Mapping[str, Tensor]) -> None:
+        """Makes the model compute with these weights."""
+        zero, rank = self._zero, self.mesh.shards.rank
+        if self._stage == 3:
+            zero._partition_all_parameters()
+            for name, piece in self._pieces.items():
+                partition = self._module.get_parameter(name).ds_tensor  # type: ignore[attr-defined]
+                partition.narrow(0, 0, piece.stop - piece.start).copy_(weights[name])
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            return
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        own = [partitions[rank] for partitions in zero.parallel_partitioned_bit16_groups]
+        for name, piece in self._pieces.items():
+            piece.of(own).copy_(weights[name])
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+
+    # Slices and whole tensors.
+
+    def _whole_shape(self, name: str) -> torch.Size:
+        name = _parameter(name)
+        return self._layout.splits[name].whole_shape(self._shapes[name], self.mesh.tensor)
+
+    def _own(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's slice of a whole tensor."""
+        name = _parameter(name)
+        piece = self._pieces[name]
+        return self._layout.splits[name].part(whole, self.mesh.tensor).flatten()[piece.start : piece.stop]
+
+    def _all_names(self, parts: Mapping[str, Tensor]) -> list[str]:
+        """The tensors of which `parts` are slices, also those of which this rank has none, in one order on all."""
+        moments = ("",) if "step" not in parts else tuple(f".{m}" for m in MOMENTS)
+        return [name + moment for name in self._shapes for moment in moments]
+
+    def _gathered(self, name: str, part: Tensor | None) -> Tensor | None:
+        """A whole tensor on rank 0, from every rank's slice."""
+        mesh, shape = self.mesh, self._shapes[_parameter(name)]
+        buffer = torch.zeros(shape.numel(), dtype=torch.int32, device=self.device)
+        if part is not None:
+            piece = self._pieces[_parameter(name)]
+            # Bits, not numbers: a sum with zeros keeps them all, the sign of −0.0 too.
+            buffer[piece.start : piece.stop] = part.to(self.device).view(torch.int32)
+        if mesh.shards.size > 1:
+            dist.reduce(buffer, group=mesh.shards.group, group_dst=0)
+        if mesh.shards.rank:
+            return None
+        own = buffer.view(torch.float32).view(shape)
+        split = self._layout.splits[_parameter(name)]
+        if split.dim is not None:
+            every = [torch.empty_like(own) for _ in range(mesh.tensor.size)]
+            dist.all_gather(every, own, group=mesh.tensor.group)
+            own = torch.cat(every, split.dim)
+        return own.cpu() if mesh.is_first else None
+
+
+def _parameter(name: str) -> str:
+    """The parameter that a checkpoint's tensor belongs to."""
+    return next((name.removesuffix(f".{m}") for m in MOMENTS if name.endswith(f".{m}")), name)
+
+
+def _summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _initialize(model: nn.Module, cfg: OptimizerConfig, parallel: ParallelConfig, bf16: bool) -> Any:
+    """DeepSpeed's engine around a model."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # A shared-memory collective that would be compiled at the first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    bucket = min(BUCKET, sum(p.numel() for p in model.parameters()))
+    zero: dict[str, Any] = {
+        "stage": parallel.zero,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if parallel.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    elif parallel.zero < 3:
+        zero["compute_grad_norm"] = False  # `grad_norm` does
+    if parallel.zero == 3:
+        zero["stage3_prefetch_bucket_size"] = bucket
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # boundaries are set by hand
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+
+    class Engine(DeepSpeedEngine):
+        def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+            # bf16 weights with fp32 accumulation at stage 1 would get another optimizer class, whose buffers differ.
+            return ZERO_OPTIMIZATION
+
+    optimizer = adamw(dict(model.named_parameters()), cfg)
+    return Engine(
+        args=None,
+        model=model,
+        optimizer=optimizer,
+        mpu=_Mpu,
+        dist_init_required=False,
+        config=config,
+        config_class=deepspeed.DeepSpeedConfig(config, _Mpu),
+    )
+
+
+class _Mpu:
+    """megatron-core's groups by the names that DeepSpeed asks for. Its data axis holds the context axis too."""
+
+    @staticmethod
+    def _state() -> Any:
+        from megatron.core import parallel_state
+
+        return parallel_state
+
+    @classmethod
+    def get_model_parallel_group(cls) -> Any:
+        return cls._state().get_tensor_model_parallel_group()
+
+    @classmethod
+    def get_model_parallel_rank(cls) -> int:
+        return cls._state().get_tensor_model_parallel_rank()
+
+    @classmethod
+    def get_model_parallel_world_size(cls) -> int:
+        return cls._state().get_tensor_model_parallel_world_size()
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    @classmethod
+    def get_data_parallel_group(cls) -> Any:
+        return cls._state().get_data_parallel_group(with_context_parallel=True)
+
+    @classmethod
+    def get_data_parallel_rank(cls) -> int:
+        return cls._state().get_data_parallel_rank(with_context_parallel=True)
+
+    @classmethod
+    def get_data_parallel_world_size(cls) -> int:
+        return cls._state().get_data_parallel_world_size(with_context_parallel=True)
+
+    @staticmethod
+    def get_pipeline_model_parallel_rank() -> int:
+        return 0
+
+    @staticmethod
+    def get_pipeline_model_parallel_world_size() -> int:
+        return 1
