@@ -134,6 +134,8 @@ class PackedBatch:
         text: captions as packed encoder features, for text-conditioned models.
         labels_S: (S,) int64 class ids, for class-conditioned models.
         epoch: pass over the data that this pack belongs to.
+        weightless: it stands in for a pack of which no sample can be read, so that every rank runs as many packs:
+            its loss counts nothing.
     """
 
     segments: tuple[Segment, ...]
@@ -142,6 +144,7 @@ class PackedBatch:
     text: PackedText | None = None
     labels_S: Tensor | None = None
     epoch: int = 0
+    weightless: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         return replace(
