@@ -26,7 +26,7 @@ from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.check import check_dataset, check_validation
 from flagdit.data_pipelines.index import Dataset, Encoded
 from flagdit.data_pipelines.order import batches_per_epoch, global_batch
-from flagdit.errors import DataError, FlagDiTError
+from flagdit.errors import DataError, FlagDiTError, RecipeError
 from flagdit.model.tokens import TokenSpec, pack
 
 WORST_BATCH = 0.5
@@ -72,10 +72,11 @@ def _pinned(batch: PackedBatch) -> PackedBatch:
 
 
 class _Packs(TorchDataset):
-    """Global batch number → packs. Lives in the workers."""
+    """Global batch number → the packs of one data rank. Lives in the workers."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset):
+    def __init__(self, recipe: Recipe, dataset: Dataset, data_rank: int, data_size: int):
         self.recipe, self.dataset = recipe, dataset
+        self.data_rank, self.data_size = data_rank, data_size
         self.ids = dataset.split(recipe.data.split)
         self.spec = TokenSpec.from_model(recipe.model)
 
@@ -85,15 +86,19 @@ class _Packs(TorchDataset):
         bad: list[BadSample] = []
         try:
             epoch, positions = global_batch(cfg.seed, len(self.ids), cfg.data.batch_size, k)
-            for part in np.array_split(positions + self.ids.start, cfg.train.accumulation):
+            parts = np.split(positions + self.ids.start, cfg.train.accumulation * self.data_size)
+            for part in parts[self.data_rank :: self.data_size]:
                 samples = []
                 for sample_id in part.tolist():
                     try:
                         samples.append(self.dataset.read(sample_id))
                     except DataError as error:
                         bad.append(BadSample(k, sample_id, self.dataset.key(sample_id), error.what))
-                if samples:
-                    packs.append(_pack(samples, self.dataset, cfg, self.spec, epoch))
+                packs.append(
+                    _pack(samples, self.dataset, cfg, self.spec, epoch)
+                    if samples
+                    else placeholder(self.dataset, cfg, epoch)
+                )
         except FlagDiTError as error:
             return _Loaded([], bad, error)
         return _Loaded(packs, bad)
@@ -115,26 +120,51 @@ def _pack(samples: Sequence[Encoded], dataset: Dataset, recipe: Recipe, spec: To
     )
 
 
+def placeholder(dataset: Dataset, recipe: Recipe, epoch: int) -> PackedBatch:
+    """A weightless pack: one patch of zeros for every modality of the model, with the null caption or class.
+
+    It stands where a pack has no readable sample, so that every parameter gets a gradient and no collective waits.
+    """
+    model = recipe.model
+    side = model.patch_size
+    segments = [Segment(0, m, (channels, 1, side, side), "placeholder") for m, channels in model.modalities.items()]
+    text = None
+    if model.text_dim:
+        assert dataset.null_text is not None, "checked when the loader was built"
+        text = PackedText.pack([dataset.null_text] * len(segments))
+    batch = pack(
+        segments,
+        [torch.zeros(s.shape) for s in segments],
+        TokenSpec.from_model(model),
+        text=text,
+        labels=[model.num_classes] * len(segments) if model.num_classes else None,
+        epoch=epoch,
+    )
+    return replace(batch, weightless=True)
+
+
 class Loader:
     """Endless iterator over global batches, each a list of the packs (micro-batches) of one optimizer step.
 
-    A sample that cannot be read is left out of its pack, recorded in `bad` and never replaced.
+    Every rank yields `train.accumulation` packs a step. A sample that cannot be read is left out of its pack, recorded
+    in `bad` and never replaced; where no sample of a pack is left, a weightless pack stands in its place.
 
     Attributes:
         step: number of the next global batch: the loader's whole state.
-        bad: every bad sample once, in the order of discovery.
+        bad: every bad sample that this rank has met, once, in the order of discovery.
         batches_per_epoch: global batches in one pass over the split.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, start_step: int):
+    def __init__(self, recipe: Recipe, dataset: Dataset, start_step: int, data_rank: int, data_size: int):
         """See `build_loader`."""
+        self._share = recipe.data.batch_size // data_size
         self.recipe, self.dataset, self.step = recipe, dataset, start_step
         self.bad: list[BadSample] = []
         self.num_samples = len(dataset.split(recipe.data.split))
         self.batches_per_epoch = batches_per_epoch(self.num_samples, recipe.data.batch_size)
         workers = recipe.data.workers
         loader = DataLoader(
-            _Packs(recipe, dataset),
+            _Packs(recipe, dataset, data_rank, data_size),
             batch_size=None,
             sampler=_From(start_step),
             num_workers=workers,
@@ -180,9 +210,8 @@ class Loader:
         self.bad += fresh
         self._known_bad |= {b.sample_id for b in fresh}
         limit = self.recipe.data.max_bad_samples
-        batch_size = self.recipe.data.batch_size
-        if len(bad) > WORST_BATCH * batch_size and fresh:
-            what = f"{len(bad)} of the {batch_size} samples of one batch cannot be read"
+        if len(bad) > WORST_BATCH * self._share and fresh:
+            what = f"{len(bad)} of the {self._share} samples of one batch cannot be read"
         elif fresh and len(self.bad) > limit * self.num_samples:
             what = (
                 f"{len(self.bad)} of {self.num_samples} samples cannot be read, more than "
@@ -228,24 +257,49 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def build_loader(recipe: Recipe, start_step: int = 0) -> Loader:
-    """The run's data from global batch `start_step` on.
+def build_loader(recipe: Recipe, start_step: int = 0, data_rank: int = 0, data_size: int = 1) -> Loader:
+    """One data rank's part of the run's data, from global batch `start_step` on.
 
-    Batch k has `train.accumulation` packs, of `data.batch_size` samples together (fewer only where samples are bad),
-    the same whatever `start_step`, `data.workers` and `data.prefetch` are. `PackedBatch.epoch` is set.
+    Global batch k has `data.batch_size` samples (fewer only where samples are bad), the same whatever `start_step`,
+    `data_size`, `train.accumulation`, `data.workers` and `data.prefetch` are. Each of the `data_size` ranks yields
+    `train.accumulation` packs of it. `PackedBatch.epoch` is set.
 
     Raises:
+        RecipeError: the batch cannot be shared out evenly.
         DataError: no such data set, or one that does not suit the recipe (every fault listed).
     """
+    check_shares(recipe, data_size)
     dataset = Dataset.open(recipe.data.path)
     check_dataset(recipe, dataset)
-    return Loader(recipe, dataset, start_step)
+    return Loader(recipe, dataset, start_step, data_rank, data_size)
 
 
-def validation_batches(recipe: Recipe) -> list[PackedBatch]:
-    """Up to `validation.samples` samples of the validation split, spread evenly over it, always the same ones.
+def check_shares(recipe: Recipe, data_size: int) -> None:
+    """Whether every rank and micro-batch gets as many samples.
 
-    Packs have as many samples as a micro-batch of training. Epoch is 0.
+    Raises:
+        RecipeError: not so; names the nearest batch sizes and the accumulations that fit.
+    """
+    size, parts = recipe.data.batch_size, recipe.train.accumulation * data_size
+    if size % parts == 0:
+        return
+    sizes = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+    fitting = [a for a in range(1, size + 1) if size % (a * data_size) == 0]
+    fitting = sorted(sorted(fitting, key=lambda a: abs(a - recipe.train.accumulation))[:2])
+    raise RecipeError(
+        f"data.batch_size={size} cannot be shared out evenly over {data_size} data ranks with "
+        f"train.accumulation={recipe.train.accumulation}",
+        fix=f"Try data.batch_size={' or '.join(map(str, sizes))}"
+        + (f", or train.accumulation={' or '.join(map(str, fitting))}." if fitting else "."),
+    )
+
+
+def validation_batches(recipe: Recipe, data_rank: int = 0, data_size: int = 1) -> list[PackedBatch]:
+    """One data rank's part of up to `validation.samples` samples of the validation split, spread evenly over it,
+    always the same ones.
+
+    Packs have as many samples as a micro-batch of training, and each sample is in a pack of one rank. Every rank has as
+    many packs: where they do not come out even, weightless ones are added. Epoch is 0.
 
     Raises:
         DataError: no such data set or split, one that does not suit the recipe, or a sample that cannot be read: a loss
@@ -256,7 +310,9 @@ def validation_batches(recipe: Recipe) -> list[PackedBatch]:
     ids = dataset.split(recipe.validation.split)
     number = min(recipe.validation.samples, len(ids))
     chosen = [ids[i * len(ids) // number] for i in range(number)]
-    size = max(recipe.data.batch_size // recipe.train.accumulation, 1)
+    size = max(recipe.data.batch_size // (recipe.train.accumulation * data_size), 1)
+    parts = [chosen[i : i + size] for i in range(0, number, size)]
     spec = TokenSpec.from_model(recipe.model)
-    samples = [dataset.read(i) for i in chosen]
-    return [_pack(samples[i : i + size], dataset, recipe, spec, 0) for i in range(0, number, size)]
+    packs = [_pack([dataset.read(i) for i in part], dataset, recipe, spec, 0) for part in parts[data_rank::data_size]]
+    missing = -(-len(parts) // data_size) - len(packs)
+    return packs + [placeholder(dataset, recipe, 0)] * missing

@@ -13,7 +13,7 @@ from flagdit.data_pipelines import loader as loader_module
 from flagdit.data_pipelines.index import Dataset
 from flagdit.data_pipelines.loader import build_loader, validation_batches
 from flagdit.data_pipelines.order import global_batch
-from flagdit.errors import DataError
+from flagdit.errors import DataError, RecipeError
 from flagdit.model.tokens import TokenSpec, unpack
 
 
@@ -61,6 +61,55 @@ def test_no_layout_and_no_start_changes_a_batch(
     ):
         assert len(packs) == accumulation and {len(p.segments) for p in packs} == {6 // accumulation}
         assert equal(packs, reference[k])
+
+
+@pytest.mark.parametrize(("ranks", "accumulation", "workers"), [(2, 1, 0), (3, 2, 0), (2, 3, 1), (6, 1, 0)])
+def test_ranks_share_out_the_same_batches(ranks, accumulation, workers, make_recipe, emoji_encoded: Path):
+    recipe = make_recipe(emoji_encoded, 6, accumulation, workers)
+    reference = take(make_recipe(emoji_encoded), 5)
+    loaders = [build_loader(recipe, 1, rank, ranks) for rank in range(ranks)]
+    for k in range(1, 5):
+        shares = [next(loader) for loader in loaders]
+        assert all(len(packs) == accumulation for packs in shares)
+        assert all(len(p.segments) == 6 // (ranks * accumulation) for packs in shares for p in packs)
+        together = [packs[a] for a in range(accumulation) for packs in shares]
+        assert equal(together, reference[k])
+
+
+def test_batches_that_cannot_be_shared_out_name_what_fits(make_recipe, emoji_encoded: Path):
+    with pytest.raises(
+        RecipeError, match=r"data\.batch_size=6 .* 4 data ranks.*accumulation=1\. Try data\.batch_size=4 or 8\.$"
+    ):
+        build_loader(make_recipe(emoji_encoded), 0, 0, 4)
+    with pytest.raises(
+        RecipeError, match=r"3 data ranks.*accumulation=4\. Try data\.batch_size=12, or train\.accumulation=1 or 2"
+    ):
+        build_loader(make_recipe(emoji_encoded, 6, 4), 0, 0, 3)
+
+
+def test_a_pack_without_a_readable_sample_is_weightless(recipe, make_recipe, with_block, emoji_encoded: Path, copy_of):
+    folder = copy_of(emoji_encoded)
+    ids = [s.sample_id for s in take(make_recipe(emoji_encoded, 6, 3), 1)[0][1].segments]
+    broken = with_block(make_recipe(damaged(folder, *ids), 6, 3), "data", max_bad_samples=1.0)
+    packs = next(build_loader(broken))
+    assert [p.weightless for p in packs] == [False, True, False]
+    (segment,) = packs[1].segments
+    assert segment.shape == (3, 1, 2, 2) and not packs[1].patches["image"].any()
+    assert torch.equal(packs[1].text.features_MY, Dataset.open(folder).null_text)
+    classes = with_block(broken, "model", num_classes=10, text_dim=0, modalities={"image": 3, "video": 5})
+    pack = loader_module.placeholder(Dataset.open(folder), classes, 2)
+    assert pack.labels_S.tolist() == [10, 10] and pack.text is None and pack.epoch == 2 and pack.weightless
+    assert {m: x.shape for m, x in pack.patches.items()} == {"image": (1, 12), "video": (1, 20)}
+
+
+def test_validation_is_shared_out(recipe, with_block):
+    train = with_block(recipe, "validation", split="train", samples=7)
+    whole = [s.sample_id for b in validation_batches(train) for s in b.segments]
+    for ranks in (2, 3, 6):
+        shares = [validation_batches(train, rank, ranks) for rank in range(ranks)]
+        assert len({len(packs) for packs in shares}) == 1
+        seen = [s.sample_id for packs in shares for b in packs if not b.weightless for s in b.segments]
+        assert sorted(seen) == whole
 
 
 def test_a_split_that_does_not_begin_at_zero(recipe, with_block):
