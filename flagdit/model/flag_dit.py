@@ -26,7 +26,7 @@ from flagdit.batch import PackedBatch, PackedText, Patches
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
 from flagdit.model.attention import Context
-from flagdit.model.attention_backends import Pairs, choose_backend
+from flagdit.model.attention_backends import AttentionBackend, Pairs, Sdpa
 from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
 from flagdit.model.modality import MODALITIES
@@ -47,6 +47,7 @@ EXPENSIVE_OPS = [
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.flagdit.packed_attention.default,
 ]
 
 
@@ -79,6 +80,8 @@ class FlagDiT(nn.Module):
         super().__init__()
         cfg = self.cfg = resolve(cfg)
         assert cfg.cond_dim is not None
+        # Whoever knows the device sets a faster one (attention_backends.resolve_backend).
+        self.attention_backend: AttentionBackend = Sdpa()
         patch_dims = {m: c * math.prod(modality_of(m).patch(cfg.patch_size)) for m, c in cfg.modalities.items()}
         self.stems = nn.ModuleDict({m: nn.Linear(p, cfg.dim) for m, p in patch_dims.items()})
         if cfg.nextline:
@@ -156,7 +159,7 @@ class FlagDiT(nn.Module):
             factor_S = torch.tensor(factors, dtype=self.dtype).to(layout.segment_ids.device)
             temperature_T11 = factor_S[layout.segment_ids][:, None, None]
         return Context(
-            attention=choose_backend(layout.segment_ids.device, self.dtype, self.cfg.dim // self.cfg.num_heads),
+            attention=self.attention_backend,
             samples=Samples(runs_of(layout.seqlens), layout.segment_ids),
             rotation=build_rotation(self.cfg, layout, t_S, inference.rope),
             self_pairs=Pairs(layout.seqlens, layout.seqlens, layout.cu_seqlens, layout.cu_seqlens),
