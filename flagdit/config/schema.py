@@ -71,6 +71,12 @@ class ModelConfig:
         1000.0, "Factor on t in [0, 1] before the sinusoid; 1 for official checkpoints.", at_least=0
     )
     learn_sigma: bool = key(False, "Double the output and drop the second half (official checkpoints only).")
+    attention: str = key(
+        "auto",
+        "Attention backend: auto; sdpa; varlen (torch's flash kernels); flash2, flash3, flash4 (packages). See "
+        "docs/attention.md. A run sampled elsewhere takes another where this one cannot serve.",
+        choices=("auto", "sdpa", "varlen", "flash2", "flash3", "flash4"),
+    )
     checkpointing: str = key(
         "none",
         "Activation checkpointing: none; block: recompute whole blocks; selective: keep matmul and attention outputs.",

@@ -28,6 +28,7 @@ from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.guidance import guided_velocity
 from flagdit.flow.noise import draw_noise
 from flagdit.flow.solver import integrate
+from flagdit.model.attention_backends import choose_backend
 from flagdit.model.flag_dit import FlagDiT, Inference
 from flagdit.model.tokens import TokenSpec, modality_of, num_tokens, pack, unpack
 
@@ -255,6 +256,9 @@ def load_pipeline(
             fix="Restore the recipe.yaml that the run was trained with.",
         ) from None
     model = model.to(device, dtype).eval().requires_grad_(False)
+    # The backend of the training run, if this machine has it.
+    head_dim = model.cfg.dim // model.cfg.num_heads
+    model.attention_backend = choose_backend(torch.device(device), dtype, head_dim, first=recipe.model.attention)
     return Pipeline.build(model, recipe)
 
 

@@ -26,7 +26,7 @@ from flagdit.batch import PackedBatch, PackedText, Patches
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
 from flagdit.model.attention import Context, SelfAttention
-from flagdit.model.attention_backends import Pairs, choose_backend
+from flagdit.model.attention_backends import AttentionBackend, Pairs, Sdpa
 from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
 from flagdit.model.modality import MODALITIES
@@ -47,6 +47,7 @@ EXPENSIVE_OPS = [
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.flagdit.packed_attention.default,
 ]
 
 
@@ -72,6 +73,8 @@ class FlagDiT(nn.Module):
 
     Attributes:
         patch_dims: modality → features of a patch.
+        attention_backend: set from outside to a faster one by whoever knows the device
+            (`attention_backends.resolve_backend`).
         self_attention: set from outside by context parallelism; None: the attention backend.
 
     Raises:
@@ -83,6 +86,7 @@ class FlagDiT(nn.Module):
         super().__init__()
         cfg = self.cfg = resolve(cfg)
         assert cfg.cond_dim is not None
+        self.attention_backend: AttentionBackend = Sdpa()
         patch_dims = {m: c * math.prod(modality_of(m).patch(cfg.patch_size)) for m, c in cfg.modalities.items()}
         self.patch_dims = patch_dims
         self.self_attention: SelfAttention | None = None
@@ -162,10 +166,9 @@ class FlagDiT(nn.Module):
             factors = [math.sqrt(math.log(n, inference.proportional_base)) for n in whole.seqlens[: len(t_S)]]
             factor_S = torch.tensor(factors, dtype=self.dtype).to(t_S.device)
             temperature_T11 = factor_S[attended.segment_ids][:, None, None]
-        backend = choose_backend(t_S.device, self.dtype, self.cfg.dim // self.cfg.num_heads)
         return Context(
-            attention=backend,
-            self_attention=self.self_attention or backend,
+            attention=self.attention_backend,
+            self_attention=self.self_attention or self.attention_backend,
             samples=Samples(runs_of(layout.seqlens), layout.segment_ids),
             rotation=build_rotation(self.cfg, attended, t_S, inference.rope),
             self_pairs=Pairs(whole.seqlens, whole.seqlens, whole.cu_seqlens, whole.cu_seqlens),

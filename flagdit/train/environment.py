@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("flagdit", "torch", "numpy", "triton", "transformers", "diffusers", "safetensors", "flash-attn")
+PACKAGES = (
+    *("flagdit", "torch", "numpy", "triton", "transformers", "diffusers", "safetensors"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4"),
+)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

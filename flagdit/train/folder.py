@@ -31,6 +31,7 @@ from flagdit.errors import CheckpointError, RecipeError
 FREE_KEYS = (
     "name",
     "run_dir",
+    "model.attention",
     "model.checkpointing",
     "model.checkpoint_every",
     "codec.path",

@@ -117,7 +117,7 @@ def opening(run: Run) -> str:
     begin = f"continuing at step {run.step}" if run.step else "training"
     count = quantity(sum(p.numel() for p in run.engine.weights().values()))
     averages = ", ".join(f"{d:g}" for d in run.emas.decays) or "none"
-    precision = f"{run.recipe.train.precision} on {run.engine.device.type}"
+    precision = f"{run.recipe.train.precision}, attention {run.attention} on {run.engine.device.type}"
     return f"{begin}: {count} parameters, {precision}, averages {averages}, in {run.folder.path}"
 
 

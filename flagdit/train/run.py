@@ -14,8 +14,10 @@ from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
 from flagdit.generate.pipeline import weights_group
+from flagdit.model.attention_backends import resolve_backend, uncompiled
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.initialize import initialize
+from flagdit.model.tokens import TokenSpec, num_tokens
 from flagdit.train.display import Display
 from flagdit.train.ema import Emas
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
@@ -33,6 +35,7 @@ class Run:
 
     Attributes:
         model_config: the model's shape with its named size applied.
+        attention: name of the attention backend.
         content: names the data set by what is in it.
         null_text_LY: features of the empty caption; None for models without text.
         step: optimizer steps done, skipped ones included; also the number of the next global batch.
@@ -41,6 +44,7 @@ class Run:
     recipe: Recipe
     folder: RunFolder
     model_config: ModelConfig
+    attention: str
     content: str
     engine: Engine
     emas: Emas
@@ -110,21 +114,30 @@ def build(recipe: Recipe, folder: RunFolder, display: Display) -> Run:
     """A run at step 0.
 
     Raises:
-        RecipeError: the device is not there.
+        RecipeError: the device is not there, or model.attention cannot serve on it.
         DataError: the data set cannot be opened.
     """
-    device = device_of(recipe)
+    device, dtype = device_of(recipe), DTYPES[recipe.train.precision]
     dataset = Dataset.open(recipe.data.path)
     model = FlagDiT(recipe.model)
+    model.attention_backend = resolve_backend(
+        recipe.model,
+        device,
+        dtype,
+        deterministic=recipe.train.deterministic,
+        longest=longest_sample(dataset, model.cfg),
+    )
     initialize(model, recipe.seed)
-    engine = LocalEngine(model, recipe.optimizer, device, DTYPES[recipe.train.precision])
+    engine = LocalEngine(model, recipe.optimizer, device, dtype)
     if recipe.train.compile:
+        model.attention_backend = uncompiled(model.attention_backend)
         for block in model.blocks:
             block.compile()
     return Run(
         recipe=recipe,
         folder=folder,
         model_config=model.cfg,
+        attention=model.attention_backend.name,
         content=dataset.info["content"],
         engine=engine,
         emas=Emas(engine.weights(), recipe.train.ema_decays, recipe.train.ema_warmup),
@@ -134,6 +147,16 @@ def build(recipe: Recipe, folder: RunFolder, display: Display) -> Run:
         meter=Meter(peak_tflops(device, recipe.log.peak_tflops)),
         display=display,
     )
+
+
+def longest_sample(dataset: Dataset, cfg: ModelConfig) -> int:
+    """Tokens of the longest sample of a data set.
+
+    Raises:
+        DataError: a size that is not a multiple of the patch.
+    """
+    spec = TokenSpec.from_model(cfg)
+    return max((num_tokens(shape, dataset.modality, spec) for shape, _ in dataset.shapes), default=0)
 
 
 def device_of(recipe: Recipe) -> torch.device:
