@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from flagdit.config.schema import Recipe
 from flagdit.config.validate import Problem, divisors, nearest_values, raise_problems
@@ -78,10 +80,42 @@ class ParallelContext:
         """Whether this rank speaks for the run: it alone writes files and talks to people."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.world > 1:
-            dist.barrier()
+    @property
+    def holds_first_tokens(self) -> bool:
+        """Whether this rank speaks for its pack: no other rank with the same pack does."""
+        return self.tensor.rank == 0 and self.context.rank == 0
+
+    def sum_tokens(self, value: Tensor) -> Tensor:
+        """The sum over the ranks that hold other tokens of the same pack."""
+        if self.tokens.group is None:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self.tokens.group)
+        return total
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
 
 
 @dataclass(frozen=True)
@@ -152,8 +186,7 @@ def mesh_problems(recipe: Recipe, world: int) -> Iterator[Problem]:
 
 @contextmanager
 def mesh_of(recipe: Recipe, device_type: str) -> Iterator[ParallelContext]:
-    """Joins the run's ranks and forms its groups; leaves them at the end. One process forms none, and a process that has
-    joined before stays so.
+    """Joins the run's ranks and forms its groups; leaves them at the end. One process forms none.
 
     Args:
         recipe: checked by `check_mesh`.

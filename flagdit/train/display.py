@@ -50,6 +50,20 @@ class Clock:
         return duration((self._now() - self._began) / done * (self._steps - step))
 
 
+class SilentDisplay:
+    """Shows nothing: for ranks that do not speak for the run."""
+
+    def start(self, step: int, steps: int) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def metrics(self, line: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class PlainDisplay:
     """One line of text per metrics line, for files and pipes."""
 

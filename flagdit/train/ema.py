@@ -6,12 +6,12 @@ start, and a decay of 0.9999 is useful long before 10,000 steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from flagdit.train.optim import copy_tensors
+Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], str], None]
 
 
 class Emas:
@@ -48,10 +48,15 @@ class Emas:
         """A checkpoint's tensors by group, `ema_<decay>`."""
         return {self.group(i): average for i, average in enumerate(self._averages)}
 
-    def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes back what `state` gave."""
+    def load(self, groups: Mapping[str, Mapping[str, Tensor]], take: Take) -> None:
+        """Takes back what `state` gave.
+
+        Args:
+            groups: whole tensors by group.
+            take: an engine's `take`, which knows what part of them this process holds.
+        """
         for i, average in enumerate(self._averages):
-            copy_tensors(average, groups[self.group(i)], self.group(i))
+            take(groups[self.group(i)], average, self.group(i))
 
     def group(self, index: int) -> str:
         """Name of one average in checkpoints and logs."""

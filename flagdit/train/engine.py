@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from flagdit.config.schema import Recipe
-from flagdit.model.attention_backends import choose_backend
+from flagdit.model.attention_backends import resolve_backend, uncompiled
 from flagdit.model.block import TP_PLAN
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.initialize import initial_value, initialize
@@ -21,28 +21,38 @@ from flagdit.parallel.zero import ZeroEngine
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_engine(recipe: Recipe, mesh: ParallelContext) -> tuple[FlagDiT, Engine]:
-    """The model at step 0, spread over the mesh, and its engine."""
+def build_engine(recipe: Recipe, mesh: ParallelContext, longest: int = 0) -> tuple[FlagDiT, Engine]:
+    """The model at step 0, spread over the mesh, and its engine.
+
+    Args:
+        longest: tokens of the longest sample, for the choice of the attention backend.
+
+    Raises:
+        RecipeError: an impossible shape, or an attention backend that cannot serve here.
+    """
     dtype = DTYPES[recipe.train.precision]
-    if mesh.world == 1:
+    alone = mesh.world == 1
+    with torch.device(mesh.device if alone else "meta"):
         model = FlagDiT(recipe.model)
+    model.attention_backend = resolve_backend(
+        model.cfg,
+        mesh.device,
+        dtype,
+        lse=mesh.ring.size > 1,
+        deterministic=recipe.train.deterministic,
+        longest=longest,
+    )
+    if recipe.train.compile:
+        model.attention_backend = uncompiled(model.attention_backend)
+        for block in model.blocks:
+            block.compile()
+    if alone:
         initialize(model, recipe.seed)
-        _compile(model, recipe)
         return model, LocalEngine(model, recipe.optimizer, mesh.device, dtype)
-    with torch.device("meta"):
-        model = FlagDiT(recipe.model)
     layout = split_model(model, TP_PLAN, mesh)
     value = partial(initial_value, seed=recipe.seed)
     materialize(model, layout, mesh, value, dtype)
     if mesh.context.size > 1:
-        backend = choose_backend(mesh.device, dtype, model.cfg.dim // model.cfg.num_heads)
-        model.self_attention = ContextAttention(backend, mesh)
-    _compile(model, recipe)
+        model.self_attention = ContextAttention(model.attention_backend, mesh)
     engine = ZeroEngine(model, layout, mesh, model.patch_dims, recipe.optimizer, recipe.parallel, value)
     return model, engine
-
-
-def _compile(model: FlagDiT, recipe: Recipe) -> None:
-    if recipe.train.compile:
-        for block in model.blocks:
-            block.compile()

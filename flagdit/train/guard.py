@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from flagdit.batch import PackedBatch
 from flagdit.config.schema import GuardConfig
 from flagdit.data_pipelines.loader import BadSample
@@ -32,12 +30,14 @@ class Guard:
     Attributes:
         cfg: limits.
         ledger: file that gets one JSON line per bad step.
+        writes: whether this process writes it; all ranks of a run count alike, one writes.
         bad_steps: skipped since the start of the run.
         consecutive: skipped in a row, up to now.
     """
 
     cfg: GuardConfig
     ledger: Path
+    writes: bool = True
     bad_steps: int = 0
     consecutive: int = 0
     _unreadable: int = 0
@@ -61,15 +61,13 @@ class Guard:
         reason: str,
         loss: float,
         grad_norm: float,
-        batches: Sequence[PackedBatch],
-        losses: Sequence[Tensor],
+        rows: Sequence[dict[str, Any]],
     ) -> None:
         """Counts a bad step and writes its samples to the ledger.
 
         Args:
             step: steps done, this one included.
-            batches: the step's micro-batches.
-            losses: (S,) per-sample losses of each micro-batch; samples whose own loss is not finite are named as
+            rows: the step's samples with their losses (`rows_of`); those whose own loss is not finite are named as
                 suspects.
 
         Raises:
@@ -77,11 +75,6 @@ class Guard:
         """
         self.bad_steps += 1
         self.consecutive += 1
-        rows = [
-            {"id": segment.sample_id, "key": segment.key, "epoch": batch.epoch, "loss": _number(value)}
-            for batch, loss_S in zip(batches, losses, strict=True)
-            for segment, value in zip(batch.segments, loss_S.tolist(), strict=True)
-        ]
         suspects = [row["id"] for row in rows if isinstance(row["loss"], str)]
         entry = {
             "kind": "step",
@@ -90,9 +83,9 @@ class Guard:
             "loss": _number(loss),
             "grad_norm": _number(grad_norm),
             "suspects": suspects,
-            "samples": rows,
+            "samples": list(rows),
         }
-        append_line(self.ledger, entry)
+        self._write(entry)
         if self.consecutive >= self.cfg.max_consecutive:
             raise TrainingError(
                 f"{self.consecutive} bad steps in a row up to step {step}; the last one: {reason}",
@@ -112,15 +105,34 @@ class Guard:
         for sample in bad[self._unreadable :]:
             entry = {"id": sample.sample_id, "key": sample.key}
             line = {"kind": "sample", "step": sample.step + 1, "reason": sample.reason, "samples": [entry]}
-            append_line(self.ledger, line)
+            self._write(line)
             tell(f"sample {sample.key} left out: {sample.reason}")
         self._unreadable = len(bad)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.writes:
+            append_line(self.ledger, line)
 
     def state(self) -> dict[str, Any]:
         return {"bad_steps": self.bad_steps, "consecutive": self.consecutive}
 
     def load(self, state: dict[str, Any]) -> None:
         self.bad_steps, self.consecutive = state["bad_steps"], state["consecutive"]
+
+
+def rows_of(batches: Sequence[PackedBatch], losses: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """The ledger's line about every sample.
+
+    Args:
+        batches: the step's packs; weightless ones have no samples.
+        losses: per-sample losses of each pack.
+    """
+    return [
+        {"id": segment.sample_id, "key": segment.key, "epoch": batch.epoch, "loss": _number(value)}
+        for batch, values in zip(batches, losses, strict=True)
+        if not batch.weightless
+        for segment, value in zip(batch.segments, values, strict=True)
+    ]
 
 
 def _number(value: float) -> float | str:

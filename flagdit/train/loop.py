@@ -6,14 +6,18 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flagdit.checkpoint import store
 from flagdit.config.schema import Recipe
-from flagdit.data_pipelines.loader import Loader, build_loader
-from flagdit.train.display import display_for, quantity
+from flagdit.data_pipelines.loader import BadSample, Loader, build_loader
+from flagdit.errors import RecipeError
+from flagdit.model.sizes import resolve
+from flagdit.parallel.mesh import Launch, ParallelContext, check_mesh, mesh_of
+from flagdit.train.display import SilentDisplay, display_for, quantity
 from flagdit.train.environment import describe
 from flagdit.train.folder import RunFolder, read_lines, write_lines
 from flagdit.train.hooks import Hook, LogMetrics, Sample, SaveCheckpoint, Validate
@@ -27,6 +31,8 @@ from flagdit.train.wandb_log import WandbLog
 def train(recipe: Recipe) -> Path:
     """Trains a recipe from the start, or on from the newest checkpoint in its run folder.
 
+    Started by torchrun, or with its environment variables, this process is one rank of a mesh (`recipe.parallel`).
+
     SIGINT and SIGTERM let the current step end and save it; a second signal leaves at once.
 
     Returns:
@@ -39,46 +45,76 @@ def train(recipe: Recipe) -> Path:
         TrainingError: too many bad steps in a row.
         SystemExit: stopped by a signal, after saving; the code is 128 + its number.
     """
+    check_mesh(replace(recipe, model=resolve(recipe.model)), Launch.from_environment().world)
     folder = RunFolder(Path(recipe.run_dir) / recipe.name)
-    with folder.locked(), torch_settings(recipe), stop_on_signals() as stop:
-        folder.check(recipe)
-        display = display_for()
-        done = max((step for step, _ in store.complete(folder.path)), default=0)
-        if done >= recipe.train.steps:
-            display.note(
-                f"{folder.path} is finished: {done} of {recipe.train.steps} steps are done. "
-                "Raise train.steps to train on."
-            )
-            return folder.path
-
-        run = build(recipe, folder, display)
-        if saved := store.load_latest(folder.path, display.note):
-            run.restore(saved)
-        loader = build_loader(recipe, run.step)
-        hooks = hooks_of(run)
-        # All that can be wrong has been found by now; only from here on does the folder change.
-        open_folder(run)
-        display.note(opening(run))
-        with watched(run):
-            go(run, loader, hooks, stop)
-        write_report(folder.path)
-        display.note(f"done: {folder.report}")
+    with (
+        mesh_of(recipe, device_of(recipe)) as mesh,
+        folder.locked() if mesh.is_first else contextlib.nullcontext(),
+        torch_settings(recipe),
+        stop_on_signals() as stop,
+    ):
+        run_on(mesh, recipe, folder, stop)
     return folder.path
+
+
+def run_on(mesh: ParallelContext, recipe: Recipe, folder: RunFolder, stop: Stop) -> None:
+    """The part of a run that one rank plays. Rank 0 alone writes into the folder and talks to people."""
+    display = display_for() if mesh.is_first else SilentDisplay()
+    if mesh.is_first:
+        folder.check(recipe)
+    done = mesh.from_first(max((step for step, _ in store.complete(folder.path)), default=0))
+    if done >= recipe.train.steps:
+        display.note(
+            f"{folder.path} is finished: {done} of {recipe.train.steps} steps are done. Raise train.steps to train on."
+        )
+        return
+    run = build(recipe, folder, display, mesh)
+    if saved := latest_checkpoint(run):
+        run.restore(saved)
+    loader = build_loader(recipe, run.step, mesh.data.rank, mesh.data.size)
+    hooks = hooks_of(run)
+    # All that can be wrong has been found by now; only from here on does the folder change.
+    if mesh.is_first:
+        open_folder(run)
+    display.note(opening(run))
+    with watched(run):
+        go(run, loader, hooks, stop)
+    if mesh.is_first:
+        write_report(folder.path)
+    display.note(f"done: {folder.report}")
+
+
+def latest_checkpoint(run: Run) -> store.Checkpoint | None:
+    """The newest checkpoint that can be read; rank 0 finds it and sets damaged ones aside."""
+    mesh = run.engine.mesh
+    found = store.load_latest(run.folder.path, run.display.note) if mesh.is_first else None
+    path = mesh.from_first(found.path if found else None)
+    return found if mesh.is_first or path is None else store.load(path)
 
 
 def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
     """Steps until the run is done or somebody stops it."""
     since = time.perf_counter()
     for batches in loader:
-        run.guard.unreadable(loader.bad, run.display.note)
+        run.guard.unreadable(unreadable(run, loader), run.display.note)
         result = take_step(run, batches, since)
         for hook in hooks:
             hook.after_step(run, result)
         if run.step == run.recipe.train.steps:
             return
-        if stop.signal:
-            leave(run, hooks, stop.signal)
+        # A signal reaches the ranks at different moments; they leave after the same step.
+        if number := run.engine.mesh.largest(stop.signal or 0):
+            leave(run, hooks, number)
         since = time.perf_counter()
+
+
+def unreadable(run: Run, loader: Loader) -> list[BadSample]:
+    """Samples that the loaders of all data ranks have left out so far."""
+    mesh = run.engine.mesh
+    if mesh.data.size == 1 or not mesh.largest(len(loader.bad)):
+        return loader.bad
+    everyone = mesh.from_all(loader.bad if mesh.holds_first_tokens else [])
+    return sorted((bad for found in everyone for bad in found), key=lambda bad: (bad.step, bad.sample_id))
 
 
 def hooks_of(run: Run) -> list[Hook]:
@@ -105,26 +141,28 @@ def open_folder(run: Run) -> None:
     folder = run.folder
     folder.write_recipe(run.recipe)
     folder.rewind(run.step)
-    parameters = sum(p.numel() for p in run.engine.weights().values())
     starts = read_lines(folder.environment) if folder.environment.exists() else []
-    write_lines(
-        folder.environment, [*starts, {**describe(run.engine.device), "step": run.step, "parameters": parameters}]
-    )
+    start = {**describe(run.engine.device), "step": run.step, "parameters": run.engine.num_parameters}
+    write_lines(folder.environment, [*starts, start])
 
 
 def opening(run: Run) -> str:
     """The first line that a person reads."""
     begin = f"continuing at step {run.step}" if run.step else "training"
-    count = quantity(sum(p.numel() for p in run.engine.weights().values()))
+    count = quantity(run.engine.num_parameters)
     averages = ", ".join(f"{d:g}" for d in run.emas.decays) or "none"
     precision = f"{run.recipe.train.precision}, attention {run.attention} on {run.engine.device.type}"
-    return f"{begin}: {count} parameters, {precision}, averages {averages}, in {run.folder.path}"
+    mesh = run.engine.mesh
+    axes = {"tensor": mesh.tensor, "context": mesh.context, "data": mesh.data}
+    ranks = " × ".join(f"{axis.size} {name}" for name, axis in axes.items() if axis.size > 1)
+    spread = f", {ranks} ranks with ZeRO {run.recipe.parallel.zero}" if ranks else ""
+    return f"{begin}: {count} parameters, {precision}{spread}, averages {averages}, in {run.folder.path}"
 
 
 @contextlib.contextmanager
 def watched(run: Run) -> Iterator[None]:
     """The display and wandb, open as long as the run goes."""
-    if run.recipe.log.wandb_project:
+    if run.recipe.log.wandb_project and run.engine.mesh.is_first:
         run.wandb = WandbLog(run.recipe, run.folder)
     run.display.start(run.step, run.recipe.train.steps)
     try:
@@ -133,6 +171,21 @@ def watched(run: Run) -> Iterator[None]:
         run.display.stop()
         if run.wandb:
             run.wandb.close()
+
+
+def device_of(recipe: Recipe) -> str:
+    """The kind of device that the recipe asks for: cpu or cuda.
+
+    Raises:
+        RecipeError: cuda is asked for and torch sees none.
+    """
+    there = torch.cuda.is_available()
+    if recipe.train.device == "cuda" and not there:
+        raise RecipeError(
+            "train.device=cuda, but torch sees no CUDA device",
+            fix="Use train.device=auto or cpu, or install the torch build of your CUDA version.",
+        )
+    return "cpu" if recipe.train.device == "cpu" or not there else "cuda"
 
 
 @contextlib.contextmanager

@@ -113,11 +113,12 @@ class Meter:
         self.totals, self.window = Totals(**state["totals"]), Window(**state["window"])
 
 
-def peak_tflops(device: torch.device, given: float) -> float | None:
-    """Peak of one device in TFLOP/s: the recipe's figure if there is one, else a known GPU's, else None."""
+def peak_tflops(device: torch.device, given: float, devices: int = 1) -> float | None:
+    """Peak of all devices together in TFLOP/s: by the recipe's figure for one if there is one, else by a known GPU's,
+    else None."""
     if given:
-        return given
+        return given * devices
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
+    return next((peak * devices for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flagdit.checkpoint import store
@@ -14,19 +13,18 @@ from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
 from flagdit.generate.pipeline import weights_group
-from flagdit.model.attention_backends import resolve_backend, uncompiled
 from flagdit.model.flag_dit import FlagDiT
-from flagdit.model.initialize import initialize
+from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, num_tokens
+from flagdit.parallel.engine import Engine, Tensors
+from flagdit.parallel.mesh import ParallelContext
 from flagdit.train.display import Display
 from flagdit.train.ema import Emas
+from flagdit.train.engine import build_engine
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
 from flagdit.train.guard import Guard
 from flagdit.train.metrics import Meter, peak_tflops
-from flagdit.train.optim import Engine, LocalEngine, Tensors
 from flagdit.train.wandb_log import WandbLog
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -37,6 +35,7 @@ class Run:
         model_config: the model's shape with its named size applied.
         attention: name of the attention backend.
         content: names the data set by what is in it.
+        model: the network itself, as the engine left it.
         null_text_LY: features of the empty caption; None for models without text.
         step: optimizer steps done, skipped ones included; also the number of the next global batch.
     """
@@ -46,6 +45,7 @@ class Run:
     model_config: ModelConfig
     attention: str
     content: str
+    model: FlagDiT
     engine: Engine
     emas: Emas
     objective: FlowMatching
@@ -57,8 +57,9 @@ class Run:
     step: int = 0
 
     def log(self, line: dict[str, Any]) -> None:
-        """Writes a line to metrics.jsonl and, where it is on, to wandb."""
-        append_line(self.folder.metrics, line)
+        """Writes a line to metrics.jsonl and, where it is on, to wandb; rank 0 does."""
+        if self.engine.mesh.is_first:
+            append_line(self.folder.metrics, line)
         if self.wandb:
             self.wandb.metrics(line)
 
@@ -81,8 +82,11 @@ class Run:
             "guard": self.guard.state(),
             "meter": self.meter.state(),
         }
-        store.save(self.folder.path, self.step, {**self.engine.state(), **self.emas.state()}, state)
-        store.retention(self.folder.path, self.recipe.checkpoint.keep)
+        parts = {**self.engine.state(), **self.emas.state()}
+        tensors = {group: self.engine.gather(named) for group, named in parts.items()}
+        if self.engine.mesh.is_first:
+            store.save(self.folder.path, self.step, tensors, state)
+            store.retention(self.folder.path, self.recipe.checkpoint.keep)
 
     def restore(self, checkpoint: store.Checkpoint) -> None:
         """Takes back what `save` wrote.
@@ -104,47 +108,35 @@ class Run:
                 fix="Give the folder of that data set, or give the new run another name with name=….",
             )
         self.engine.load(checkpoint.tensors)
-        self.emas.load(checkpoint.tensors)
+        self.emas.load(checkpoint.tensors, self.engine.take)
         self.guard.load(checkpoint.state["guard"])
         self.meter.load(checkpoint.state["meter"])
         self.step = checkpoint.state["batch"]
 
 
-def build(recipe: Recipe, folder: RunFolder, display: Display) -> Run:
+def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelContext) -> Run:
     """A run at step 0.
 
     Raises:
-        RecipeError: the device is not there, or model.attention cannot serve on it.
+        RecipeError: model.attention cannot serve on the mesh's device.
         DataError: the data set cannot be opened.
     """
-    device, dtype = device_of(recipe), DTYPES[recipe.train.precision]
     dataset = Dataset.open(recipe.data.path)
-    model = FlagDiT(recipe.model)
-    model.attention_backend = resolve_backend(
-        recipe.model,
-        device,
-        dtype,
-        deterministic=recipe.train.deterministic,
-        longest=longest_sample(dataset, model.cfg),
-    )
-    initialize(model, recipe.seed)
-    engine = LocalEngine(model, recipe.optimizer, device, dtype)
-    if recipe.train.compile:
-        model.attention_backend = uncompiled(model.attention_backend)
-        for block in model.blocks:
-            block.compile()
+    model_config = resolve(recipe.model)
+    model, engine = build_engine(recipe, mesh, longest_sample(dataset, model_config))
     return Run(
         recipe=recipe,
         folder=folder,
-        model_config=model.cfg,
+        model_config=model_config,
         attention=model.attention_backend.name,
         content=dataset.info["content"],
+        model=model,
         engine=engine,
         emas=Emas(engine.weights(), recipe.train.ema_decays, recipe.train.ema_warmup),
         objective=FlowMatching(recipe.flow),
         null_text_LY=dataset.null_text if recipe.model.text_dim else None,
-        guard=Guard(recipe.guard, folder.ledger),
-        meter=Meter(peak_tflops(device, recipe.log.peak_tflops)),
+        guard=Guard(recipe.guard, folder.ledger, writes=mesh.is_first),
+        meter=Meter(peak_tflops(mesh.device, recipe.log.peak_tflops, mesh.world)),
         display=display,
     )
 
@@ -157,18 +149,3 @@ def longest_sample(dataset: Dataset, cfg: ModelConfig) -> int:
     """
     spec = TokenSpec.from_model(cfg)
     return max((num_tokens(shape, dataset.modality, spec) for shape, _ in dataset.shapes), default=0)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The device that the recipe asks for.
-
-    Raises:
-        RecipeError: cuda is asked for and torch sees none.
-    """
-    there = torch.cuda.is_available()
-    if recipe.train.device == "cuda" and not there:
-        raise RecipeError(
-            "train.device=cuda, but torch sees no CUDA device",
-            fix="Use train.device=auto or cpu, or install the torch build of your CUDA version.",
-        )
-    return torch.device("cpu" if recipe.train.device == "cpu" or not there else "cuda")

@@ -32,7 +32,7 @@ class SampleGrids:
 
     def __init__(self, run: Run):
         prompts = run.recipe.sample.prompts
-        pipeline = Pipeline.build(cast(FlagDiT, run.engine.model), run.recipe)
+        pipeline = Pipeline.build(cast(FlagDiT, run.engine.whole(run.model)), run.recipe)
         if pipeline.text_encoder:
             # The prompts never change: their features stay, and the encoder, often larger than the model, may go.
             known = dict(zip(prompts, pipeline.text_encoder.encode(prompts), strict=True))
@@ -41,7 +41,8 @@ class SampleGrids:
         self._conditions = [int(p) if run.recipe.model.num_classes else p for p in prompts]
 
     def draw(self, run: Run) -> Path:
-        """Writes `samples/step_XXXXXXXX.png`, and beside it a .json that tells the report what stands where.
+        """Writes `samples/step_XXXXXXXX.png`, and beside it a .json that tells the report what stands where. All ranks
+        draw; rank 0 writes.
 
         Returns:
             The picture.
@@ -49,6 +50,8 @@ class SampleGrids:
         name, weights = run.averaged(run.recipe.sample.ema)
         with run.engine.using(weights):
             pixels = self._pipeline.generate(self._conditions, run.recipe.sample)
+        if not run.engine.mesh.is_first:
+            return run.folder.sample_grid(run.step)
         images = [to_image(picture_CFHW) for picture_CFHW in pixels]
         zoom = max(1, SMALL // images[0].height)
         file = run.folder.sample_grid(run.step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import drop_conditions
 from flagdit.flow.timesteps import draw_timesteps
 from flagdit.model.flops import training_flops
+from flagdit.train.guard import rows_of
 from flagdit.train.metrics import StepResult
 from flagdit.train.run import Run
 from flagdit.train.schedule import learning_rate
@@ -27,7 +29,7 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
 
     Args:
         run: what is trained.
-        batches: the step's micro-batches, on the CPU.
+        batches: this rank's micro-batches of the step, on the CPU; equally many on every rank.
         since: `time.perf_counter()` when the wait for the batches began.
 
     Raises:
@@ -35,47 +37,64 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
     """
     recipe, engine = run.recipe, run.engine
     lr = learning_rate(run.step, recipe.optimizer, recipe.train.steps)
-    count = engine.total(torch.tensor(float(sum(run.objective.count(batch) for batch in batches)))).item()
+    sizes = engine.total_samples(torch.tensor([size_of(run, batch) for batch in batches], dtype=torch.float64).sum(0))
+    count, samples, tokens, flops = sizes.tolist()
 
     total = torch.zeros((), device=engine.device)
     per_sample: list[Tensor] = []
-    for batch in batches:
+    for i, batch in enumerate(batches):
         batch, noise, t_S = draw(run, batch)
         loss = run.objective.loss(engine.model, batch, noise, t_S, denominator=count)
-        engine.backward(loss.total)
+        engine.backward(loss.total, last=i == len(batches) - 1)
         total += loss.total.detach()
         per_sample.append(loss.per_sample_S)
 
     mean, norm = torch.stack([engine.total(total), engine.grad_norm().to(total)]).tolist()
-    bad = run.guard.verdict(mean, norm) if batches else "no sample of the batch can be read"
+    bad = run.guard.verdict(mean, norm) if count else "no sample of the batch can be read"
     if bad is None:
         engine.step(lr)
         run.emas.update(run.step)
         run.guard.accept()
     else:
         engine.discard()
-        run.guard.reject(run.step + 1, bad, mean, norm, batches, per_sample)
+        run.guard.reject(run.step + 1, bad, mean, norm, everywhere(run, batches, per_sample))
     run.step += 1
     return StepResult(
         step=run.step,
         loss=mean,
         grad_norm=norm,
         lr=lr,
-        samples=sum(len(batch.segments) for batch in batches),
-        tokens=sum(batch.layout.num_tokens for batch in batches),
-        flops=sum(training_flops(run.model_config, batch) for batch in batches),
+        samples=int(samples),
+        tokens=int(tokens),
+        flops=flops,
         seconds=time.perf_counter() - since,
         bad=bad,
     )
 
 
+def size_of(run: Run, batch: PackedBatch) -> tuple[float, float, float, float]:
+    """What a pack adds to the step: to the denominator of its loss, samples, tokens and FLOPs."""
+    if batch.weightless:
+        return 0.0, 0.0, 0.0, 0.0
+    flops = training_flops(run.model_config, batch)
+    return run.objective.count(batch), len(batch.segments), batch.layout.num_tokens, flops
+
+
+def everywhere(run: Run, batches: Sequence[PackedBatch], per_sample: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Every sample of a step with its loss, from all ranks."""
+    mesh = run.engine.mesh
+    sums = [mesh.sum_tokens(loss_S).tolist() for loss_S in per_sample]
+    rows = rows_of(batches, sums) if mesh.holds_first_tokens else []
+    return [row for found in mesh.from_all(rows) for row in found]
+
+
 def draw(run: Run, batch: PackedBatch) -> tuple[PackedBatch, Patches, Tensor]:
-    """A batch on the engine's device with its noise, its times, and some of its conditions dropped.
+    """This rank's part of a pack on the engine's device with its noise, its times, and some of its conditions dropped.
 
     All three are functions of the run's seed and the samples' ids, never of a generator's state.
     """
     recipe = run.recipe
-    batch = batch.to(run.engine.device)
+    batch = run.engine.share(batch).to(run.engine.device)
     batch = drop_conditions(
         batch, recipe.flow, recipe.seed, null_text_LY=run.null_text_LY, null_label=recipe.model.num_classes
     )

@@ -21,7 +21,8 @@ class HeldOut:
     """
 
     def __init__(self, run: Run):
-        self._batches = validation_batches(run.recipe)
+        data = run.engine.mesh.data
+        self._batches = validation_batches(run.recipe, data.rank, data.size)
 
     @torch.no_grad()
     def measure(self, run: Run) -> dict[str, Any]:
@@ -32,18 +33,20 @@ class HeldOut:
         began = time.perf_counter()
         times = run.recipe.validation.timesteps
         name, weights = run.averaged(0)
-        sums = {t: 0.0 for t in times}
-        samples = 0
-        with run.engine.using(weights) as model:
-            for batch in self._batches:
-                batch = batch.to(run.engine.device)
+        engine = run.engine
+        sums_T = torch.zeros(len(times), dtype=torch.float64, device=engine.device)
+        with engine.using(weights) as model:
+            for whole in self._batches:
+                batch = engine.share(whole).to(engine.device)
                 noise = draw_noise(batch, run.recipe.seed)
-                samples += len(batch.segments)
-                for t in times:
-                    t_S = torch.full((len(batch.segments),), t, device=run.engine.device)
+                for i, t in enumerate(times):
+                    t_S = torch.full((len(batch.segments),), t, device=engine.device)
                     loss = run.objective.loss(model, batch, noise, t_S)
-                    sums[t] += loss.per_sample_S.double().sum().item()
-        at = {str(t): total / samples for t, total in sums.items()}
+                    if not whole.weightless:
+                        sums_T[i] += loss.per_sample_S.double().sum()
+        count = sum(len(batch.segments) for batch in self._batches if not batch.weightless)
+        samples = engine.total_samples(torch.tensor(float(count))).item()
+        at = {str(t): total / samples for t, total in zip(times, engine.total(sums_T).tolist(), strict=True)}
         return {
             "step": run.step,
             "val_loss": sum(at.values()) / len(at),

@@ -20,6 +20,7 @@ from flagdit.flow.objective import FlowMatching
 from flagdit.generate.images import grid, to_image
 from flagdit.generate.pipeline import load_pipeline
 from flagdit.model.flag_dit import FlagDiT
+from flagdit.parallel.mesh import ParallelContext
 from flagdit.train import step as step_module
 from flagdit.train.display import PlainDisplay
 from flagdit.train.folder import RunFolder
@@ -196,7 +197,7 @@ def test_too_many_bad_steps_stop_the_run_and_save_nothing(tiny):
 def test_one_batch_is_learnt_by_heart(tiny):
     """The whole chain of model, objective and optimizer: one batch with its noise and times to below 5% of its loss."""
     recipe = tiny(model__dim=64, model__ffn_dim=192, model__cond_dim=64, model__num_heads=4, optimizer__lr=0.003)
-    run = build(recipe, RunFolder(Path(recipe.run_dir) / "tiny"), PlainDisplay())
+    run = build(recipe, RunFolder(Path(recipe.run_dir) / "tiny"), PlainDisplay(), ParallelContext())
     batch, noise, t_S = step_module.draw(run, next(build_loader(recipe, 0))[0])
     losses = []
     for _ in range(400):
@@ -240,7 +241,9 @@ def test_classes_reach_the_model(tiny):
     assert (folder / "samples" / "step_00000006.png").exists()
     # Dropped labels train the row of "no class".
     model = FlagDiT(recipe.model)
-    before = build(recipe, RunFolder(folder), PlainDisplay()).engine.weights()["y_embedder.table.weight"]
+    before = build(recipe, RunFolder(folder), PlainDisplay(), ParallelContext()).engine.weights()[
+        "y_embedder.table.weight"
+    ]
     after = store.load(store.find(folder)).tensors["model"]["y_embedder.table.weight"]
     assert len(after) == 4 == len(model.y_embedder.table.weight) and not torch.equal(before[3], after[3])
 
@@ -306,7 +309,7 @@ def test_objective_is_told_the_global_count(tiny, monkeypatch):
     recipe = tiny(train__accumulation=2)
     folder = RunFolder(Path(recipe.run_dir) / "tiny")
     folder.path.mkdir(parents=True)
-    run = build(recipe, folder, PlainDisplay())
+    run = build(recipe, folder, PlainDisplay(), ParallelContext())
     packs = next(build_loader(recipe, 0))
     uneven = [next(build_loader(tiny(train__accumulation=8), 0))[i] for i in range(3)]
     batches = [packs[0], uneven[0], uneven[1], uneven[2]]

@@ -4,11 +4,10 @@ import json
 import math
 
 import pytest
-import torch
 
 from flagdit.batch import PackedBatch, Segment
 from flagdit.config.schema import GuardConfig
-from flagdit.train.guard import Guard, TrainingError
+from flagdit.train.guard import Guard, TrainingError, rows_of
 
 
 def batch_of(*ids: int, epoch: int = 0) -> PackedBatch:
@@ -33,7 +32,7 @@ def test_verdicts(tmp_path, loss, norm, limit, reason):
 def test_ledger_names_the_samples_and_suspects(tmp_path):
     guard = Guard(GuardConfig(), tmp_path / "ledger.jsonl")
     batches = [batch_of(4, 9, epoch=2), batch_of(7, epoch=2)]
-    guard.reject(12, "loss is nan", math.nan, math.inf, batches, [torch.tensor([0.5, math.nan]), torch.tensor([1.0])])
+    guard.reject(12, "loss is nan", math.nan, math.inf, rows_of(batches, [[0.5, math.nan], [1.0]]))
     (entry,) = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert entry["step"] == 12 and entry["loss"] == "nan" and entry["suspects"] == [9]
     assert entry["samples"] == [
@@ -45,7 +44,7 @@ def test_ledger_names_the_samples_and_suspects(tmp_path):
 
 def test_only_bad_steps_in_a_row_stop_the_run(tmp_path):
     guard = Guard(GuardConfig(max_consecutive=2), tmp_path / "ledger.jsonl")
-    bad = ("loss is nan", math.nan, 1.0, [batch_of(1)], [torch.tensor([math.nan])])
+    bad = ("loss is nan", math.nan, 1.0, rows_of([batch_of(1)], [[math.nan]]))
     guard.reject(1, *bad)
     guard.accept()
     guard.reject(3, *bad)

@@ -8,7 +8,8 @@ from torch import nn
 
 from flagdit.config.schema import OptimizerConfig
 from flagdit.errors import CheckpointError
-from flagdit.train.optim import LocalEngine, adamw
+from flagdit.parallel.engine import adamw
+from flagdit.parallel.local import LocalEngine
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def engine_of(dtype=torch.float32, **keys) -> LocalEngine:
 
 
 def a_step(engine, x, lr=0.1, other=False):
-    engine.backward(engine.model(x, other))
+    engine.backward(engine.model(x, other), last=True)
     norm = engine.grad_norm()
     engine.step(lr)
     return norm.item()
@@ -82,7 +83,7 @@ def test_micro_batches_add_up():
     whole, split = engine_of(), engine_of()
     a_step(whole, x)
     for part in x.split(2):
-        split.backward(split.model(part))
+        split.backward(split.model(part), last=True)
     split.grad_norm()
     split.step(0.1)
     for name, p in split.weights().items():
@@ -101,7 +102,7 @@ def test_discard_leaves_everything_bitwise():
     engine = engine_of()
     a_step(engine, torch.ones(2, 3))
     before = {f"{g}.{k}": v.clone() for g, t in engine.state().items() for k, v in t.items()}
-    engine.backward(engine.model(torch.full((2, 3), math.nan)))
+    engine.backward(engine.model(torch.full((2, 3), math.nan)), last=True)
     assert math.isnan(engine.grad_norm().item())
     engine.discard()
     after = {f"{g}.{k}": v for g, t in engine.state().items() for k, v in t.items()}
@@ -132,8 +133,8 @@ def test_bf16_gradients_accumulate_in_fp32():
             for p in net.model.parameters():
                 p.fill_(0.5)
     for _ in range(300):
-        engine.backward(engine.model(torch.ones(1, 3)) / 256)
-        single.backward(single.model(torch.ones(1, 3)) / 256)
+        engine.backward(engine.model(torch.ones(1, 3)) / 256, last=True)
+        single.backward(single.model(torch.ones(1, 3)) / 256, last=True)
     torch.testing.assert_close(engine.grad_norm(), single.grad_norm(), rtol=1e-3, atol=0)
 
 
