@@ -25,8 +25,12 @@ SelfAttention = Callable[[Tensor, Tensor, Tensor, Pairs], Tensor]
 """Queries, keys and values of this process's tokens, and the pairs of the whole pack → (T, H, D) of its tokens."""
 
 
-def project(x_TE: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """Several linears that read the same tokens."""
+Projection = Callable[..., tuple[Tensor, ...]]
+"""Tokens (T, E) and the linears that read them → one (T, O) for each linear."""
+
+
+def each_alone(x_TE: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """The projection of one process: every linear by itself."""
     return tuple(linear(x_TE) for linear in linears)
 
 
@@ -83,13 +87,15 @@ class Attention(nn.Module):
     """Self-attention, plus tanh(gate)·cross-attention with the same queries, then one output projection.
 
     Attributes:
-        project: applies linears to the tokens they share. Tensor parallelism sets another, which gathers the tokens
-            once for all of them.
+        projection: applies the linears `projected` to the tokens they share. Tensor parallelism sets another, which
+            gathers the tokens once for all of them.
     """
+
+    projected = ("wq", "wk", "wv")
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.project = project
+        self.projection: Projection = each_alone
         self.head_dim = cfg.dim // cfg.num_heads
         kv_heads = cfg.num_kv_heads or cfg.num_heads
         kv_dim = kv_heads * self.head_dim
@@ -107,7 +113,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TE: Tensor, text_MY: Tensor | None, ctx: Context) -> Tensor:
         """(T, E) → (T, E). `text_MY` is the block's normed text; None without text."""
-        q, k, v = self.project(x_TE, self.wq, self.wk, self.wv)
+        q, k, v = self.projection(x_TE, self.wq, self.wk, self.wv)
         q_THD = ctx.rotation(self.q_norm(q))
         k_TKD = ctx.rotation(self.k_norm(k))
         v_TKD = v.unflatten(-1, (-1, self.head_dim))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flagdit.config.schema import ModelConfig
-from flagdit.model.attention import Attention, Context, project
+from flagdit.model.attention import Attention, Context, Projection, each_alone
 from flagdit.model.segments import modulate, scale_tokens
 
 TP_PLAN: dict[str, str] = {
@@ -45,17 +45,19 @@ feeds_split: replicated, and read by split linears only, so that each rank sees 
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) · w3 x). `project`: see `Attention`."""
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) · w3 x). `projection`: see `Attention`."""
+
+    projected = ("w1", "w3")
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.project = project
+        self.projection: Projection = each_alone
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        gate, up = self.project(x_TE, self.w1, self.w3)
+        gate, up = self.projection(x_TE, self.w1, self.w3)
         return self.w2(F.silu(gate) * up)
 
 

@@ -77,6 +77,16 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Par
     )
 
 
+def fetch_projected(model: nn.Module) -> None:
+    """Tells ZeRO 3 which weights a module reads from its children without calling them (`projected`, see
+    `tensor.Projection`), so that they are gathered before it runs."""
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+    for module in model.modules():
+        for name in getattr(module, "projected", ()):
+            register_external_parameter(module, getattr(module, name).weight)
+
+
 class _Mpu:
     """megatron-core's groups by the names that DeepSpeed asks for. Its data axis holds the context axis too."""
 

@@ -192,6 +192,8 @@ def mesh_of(recipe: Recipe, device_type: str) -> Iterator[ParallelContext]:
         recipe: checked by `check_mesh`.
         device_type: cpu or cuda.
     """
+    # megatron-core and DeepSpeed call collectives by names that newer versions of torch rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     launch, p = Launch.from_environment(), recipe.parallel
     device = torch.device(device_type, launch.local_rank) if device_type == "cuda" else torch.device(device_type)
     if launch.world == 1:

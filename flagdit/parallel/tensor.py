@@ -86,8 +86,8 @@ def split_model(model: nn.Module, plan: Mapping[str, str], mesh: ParallelContext
             splits |= {f"{name}.weight": Split(0), f"{name}.bias": Split(0)}
         elif kind in ("qk_norm", "feeds_split"):
             partial |= {f"{name}.{inner}" for inner, _ in module.named_parameters()}
-        if hasattr(module, "project"):
-            module.project = Projection(axis, mesh.sequence)
+        if hasattr(module, "projection"):
+            module.projection = Projection(axis, mesh.sequence)
     for name, p in list(model.named_parameters()):
         if _kind(name, plan) == "heads":
             _replace(model, name, nn.Parameter(p.new_empty(p.shape[0] // axis.size)))

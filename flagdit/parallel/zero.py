@@ -75,6 +75,8 @@ class ZeroEngine:
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         self.num_parameters = sum(self._whole_shape(name).numel() for name in self._shapes)
         self._deepspeed = deepspeed.initialize(model, adamw(dict(model.named_parameters()), cfg), parallel, bf16)
+        if parallel.zero == 3 and mesh.tensor.size > 1:
+            deepspeed.fetch_projected(model)
         self.model: nn.Module = self._deepspeed
         self._zero: Any = self._deepspeed.optimizer
         self._stage, self._offload = parallel.zero, parallel.offload

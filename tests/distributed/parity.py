@@ -173,7 +173,7 @@ def main(world: int, out: Path, only: str = "") -> None:
                 for zero in (1, 2, 3) if world > 1 else (1,):
                     for accumulation in (1, 2):
                         name = f"{model} {mesh.name} zero{zero} acc{accumulation}"
-                        if only and only not in name:
+                        if only and not all(word in name for word in only.split()):
                             continue
                         recipe = recipe_of(model, mesh, zero, accumulation)
                         numbers, tensors = train(replace(recipe), place)

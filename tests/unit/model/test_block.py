@@ -18,13 +18,15 @@ def matches(name: str) -> list[str]:
 
 @pytest.mark.parametrize("block", ["flag", "next"])
 def test_every_linear_of_a_block_is_in_the_plan(block):
+    shape = {"block": block, "dim": 64, "num_layers": 2, "num_heads": 4}
     with torch.device("meta"):
-        model = FlagDiT(ModelConfig(block=block, dim=64, num_layers=2, num_heads=4, text_dim=8))
+        model = FlagDiT(ModelConfig(**shape, text_dim=8))
+        classes = FlagDiT(ModelConfig(**shape, text_dim=0, num_classes=3))
     used = set()
-    for name, module in model.named_modules():
+    for name, module in [*model.named_modules(), *classes.named_modules()]:
+        used |= set(matches(name))
         if isinstance(module, nn.Linear | QKNorm) and (name.startswith("blocks.") or "adaLN" in name):
             assert len(matches(name)) == 1, name
-            used |= set(matches(name))
     for name, _ in model.named_parameters():
         used |= set(matches(name))
     assert used == set(TP_PLAN), "the plan names modules that do not exist"

@@ -8,7 +8,6 @@ from torch import nn
 
 from flagdit.config.schema import OptimizerConfig
 from flagdit.errors import CheckpointError
-from flagdit.parallel.engine import adamw
 from flagdit.parallel.local import LocalEngine
 
 CPU = torch.device("cpu")
@@ -179,6 +178,6 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_written():
 
 
 def test_optimizer_state_exists_before_the_first_step():
-    net = Net()
-    optimizer = adamw(dict(net.named_parameters()), OptimizerConfig())
-    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in net.parameters())
+    engine = engine_of()
+    moments = engine.state()["optimizer"]
+    assert all(moments[f"{name}.exp_avg"].shape == p.shape for name, p in engine.model.named_parameters())
