@@ -27,7 +27,7 @@ from flagdit.train.wandb_log import WandbLog
 def train(recipe: Recipe) -> Path:
     """Trains a recipe from the start, or on from the newest checkpoint in its run folder.
 
-    SIGINT and SIGTERM let the current step end and save it; a second signal leaves at once.
+    SIGINT, SIGTERM and SIGUSR1 let the current step end and save it; a second signal leaves at once.
 
     Returns:
         The run folder.
