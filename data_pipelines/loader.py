@@ -255,6 +255,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     that died before would spoil that. They end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def build_loader(recipe: Recipe, start_step: int = 0, data_rank: int = 0, data_size: int = 1) -> Loader:

@@ -38,9 +38,13 @@ build_app = typer.Typer(
     help="Pack pictures and captions into a data set.\n\n\b\nExample:\n  flagdit data build emoji data/emoji --size 64",
     **PLAIN,
 )
+launch_app = typer.Typer(
+    help="Start training on many devices.\n\n\b\nExample:\n  flagdit launch local quickstart --ranks 2", **PLAIN
+)
 recipe_app = typer.Typer(help="Look at recipes.\n\n\b\nExample:\n  flagdit recipe show quickstart", **PLAIN)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(launch_app, name="launch")
 data_app.add_typer(build_app, name="build")
 
 
@@ -260,6 +264,28 @@ def stats(path: Annotated[Path, typer.Argument(help="A raw or encoded data set."
     typer.echo(json.dumps(describe(path), indent=2, ensure_ascii=False))
 
 
+@launch_app.command("local")
+def launch_local(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        Optional[int], typer.Option(min=1, help="Processes; all GPUs of this machine if not given, or the mesh's size.")
+    ] = None,
+) -> None:
+    """Train a recipe with several processes on this machine.
+
+    Rank 0 writes to the terminal, the others into logs/ of the run folder. Ctrl-C saves and ends the run; the same
+    command continues it.
+
+    \b
+    Example:
+      flagdit launch local quickstart name=two data.batch_size=32 --ranks 2
+    """
+    from flagdit.launch.local import train_locally
+
+    sys.exit(train_locally(recipe, overrides or [], ranks, typer.echo))
+
+
 @recipe_app.command("show")
 def show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print every key of a recipe with its meaning.
@@ -305,7 +331,7 @@ def main() -> None:
     try:
         app()
     except FlagDiTError as error:
-        fail(str(error))
+        fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise
@@ -314,6 +340,10 @@ def main() -> None:
         sys.exit(130)
 
 
-def fail(text: str) -> None:
+def fail(text: str, code: int = 2) -> None:
     typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
-    sys.exit(2)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,9 @@ class FlagDiTError(ValueError):
         fix: what to do about it, e.g. "try 4 or 8".
     """
 
+    exit_code = 2
+    """Of the command that prints the error."""
+
     def __init__(self, what: str, *, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, where, fix
         head = f"{where}: {what}" if where else what
@@ -23,7 +26,7 @@ class FlagDiTError(ValueError):
 
     def __reduce__(self) -> tuple:
         # Exceptions cross process boundaries (loader workers, spawned ranks); keyword arguments must survive pickling.
-        return (_rebuild, (type(self), self.what, self.where, self.fix))
+        return (_rebuild, (type(self), self.what, self.where, self.fix), self.__dict__)
 
 
 def _rebuild(cls: type, what: str, where: str, fix: str) -> FlagDiTError:
@@ -43,4 +46,8 @@ class CheckpointError(FlagDiTError):
 
 
 class LaunchError(FlagDiTError):
-    """Processes cannot be started or have died."""
+    """Processes cannot be started or have died; `exit_code` is then that of the process that failed."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", exit_code: int = 2):
+        super().__init__(what, where=where, fix=fix)
+        self.exit_code = exit_code

@@ -8,6 +8,7 @@ runs/NAME/
     checkpoints/        step_00001000/ …
     samples/            step_00001000.png … picture grids
     wandb/              offline files for `wandb sync`
+    logs/               what each rank wrote, where `flagdit launch` started it
     report.html         the page about the run
 """
 
@@ -27,6 +28,9 @@ from flagdit.config.keys import flatten
 from flagdit.config.load import diff, load_recipe, to_yaml
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError, RecipeError
+
+BEFORE_THE_RUN = (".lock", "logs")
+"""What a folder may hold before it is a run."""
 
 FREE_KEYS = (
     "name",
@@ -138,7 +142,7 @@ class RunFolder:
                     fix="Set these keys back to continue it, give the new run another name with name=…, or remove the "
                     "folder to start afresh.",
                 )
-        elif found := sorted(p.name for p in self.path.iterdir() if p.name != ".lock"):
+        elif found := sorted(p.name for p in self.path.iterdir() if p.name not in BEFORE_THE_RUN):
             raise CheckpointError(
                 f"the folder holds files but no recipe.yaml, so it is not a run ({', '.join(found[:3])})",
                 where=str(self.path),

@@ -33,7 +33,7 @@ def train(recipe: Recipe) -> Path:
 
     Started by torchrun, or with its environment variables, this process is one rank of a mesh (`recipe.parallel`).
 
-    SIGINT and SIGTERM let the current step end and save it; a second signal leaves at once.
+    SIGINT, SIGTERM and SIGUSR1 let the current step end and save it; a second signal leaves at once.
 
     Returns:
         The run folder.

@@ -1,4 +1,7 @@
-"""Stopping politely: the first SIGINT or SIGTERM lets the step end and saves, the second leaves at once."""
+"""Stopping politely: the first SIGINT, SIGTERM or SIGUSR1 lets the step end and saves, the second leaves at once.
+
+SIGUSR1 is what clusters send before a job's time is up.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -38,13 +42,13 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Catches SIGINT and SIGTERM as long as the context lasts. Outside the main thread, where Python cannot, it does
+    """Catches the signals as long as the context lasts. Outside the main thread, where Python cannot, it does
     nothing."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop.handle) for number in STOPPING}
     try:
         yield stop
     finally:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from flagdit.train.signals import stop_on_signals
 
 CHILD = """
@@ -29,11 +31,12 @@ def child(mode):
     return process
 
 
-def test_first_signal_asks():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_first_signal_asks(number):
     process = child("polite")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert out == f"asked {signal.SIGTERM}\n" and "SIGTERM: saving after this step" in err and process.returncode == 0
+    assert out == f"asked {number}\n" and f"{number.name}: saving after this step" in err and process.returncode == 0
 
 
 def test_second_signal_leaves_at_once():
