@@ -139,7 +139,7 @@ def test_a_wished_backend_comes_first_and_gives_way(gpu):
 
 
 def test_nothing_serves_integers():
-    with pytest.raises(AssertionError, match="'sdpa': 'torch.int8 is not a floating-point type'"):
+    with pytest.raises(AssertionError, match=r"'sdpa': 'torch.int8 is not a floating-point type'"):
         choose_backend(CPU, torch.int8, 16)
 
 
