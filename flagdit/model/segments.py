@@ -11,7 +11,7 @@ adding token after token, as the gradient of `index_select` does, takes ten time
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 
@@ -47,10 +47,16 @@ class Samples:
     Attributes:
         runs: neighbouring samples of equal length.
         ids_T: (T,) sample of each token.
+        uneven: not all samples are equally long.
     """
 
     runs: Runs
     ids_T: Tensor
+    # An attribute, so that compiled blocks depend on one bit instead of on the number of runs.
+    uneven: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uneven", len(self.runs) > 1)
 
 
 class _Scale(torch.autograd.Function):
@@ -97,7 +103,7 @@ def _sum_tokens(x_TD: Tensor, num_samples: int, ids_T: Tensor) -> Tensor:
 
 def scale_tokens(x_TD: Tensor, scale_SD: Tensor, samples: Samples) -> Tensor:
     """x·scale with every sample's own scale."""
-    if len(samples.runs) > 1:
+    if samples.uneven:
         return _Scale.apply(x_TD, scale_SD, samples.ids_T)
     x_SLD = x_TD.unflatten(0, (len(scale_SD), -1))
     return (x_SLD * scale_SD[:, None]).flatten(0, 1)
@@ -107,7 +113,7 @@ def modulate(x_TD: Tensor, shift_SD: Tensor | None, scale_SD: Tensor, samples: S
     """x·(1 + scale) + shift with every sample's own scale and shift (adaLN, arXiv 2212.09748); None: no shift."""
     if shift_SD is None:
         return scale_tokens(x_TD, 1 + scale_SD, samples)
-    if len(samples.runs) > 1:
+    if samples.uneven:
         return _Shift.apply(scale_tokens(x_TD, 1 + scale_SD, samples), shift_SD, samples.ids_T)
     x_SLD = x_TD.unflatten(0, (len(scale_SD), -1))
     return torch.addcmul(shift_SD[:, None], x_SLD, 1 + scale_SD[:, None]).flatten(0, 1)

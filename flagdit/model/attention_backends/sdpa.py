@@ -149,9 +149,7 @@ def _kernel_backward(
     grad, q, k, v, out = grad_BKND, q_BKND, k_BKMD, v_BKMD, out_BKND
     kernel = _kernel_of(q, k, v)
     if kernel == "cpu":
-        # This kernel reads log-sum-exps at the strides that its forward gives them: (B, N, K) in memory.
-        lse = lse_BKN.transpose(1, 2).contiguous().transpose(1, 2)
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse_BKN, 0.0, False)
     # No dropout, so the state of the generator is not read.
     seed = torch.zeros((2,) if kernel == "flash" else (), dtype=torch.uint64 if kernel == "flash" else torch.int64)
     seed, lengths = seed.to(q.device), (q.shape[2], k.shape[2])
