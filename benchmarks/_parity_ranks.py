@@ -1,16 +1,15 @@
-"""Run by every rank: three steps of a tiny model on each mesh that a world has, written down for comparison.
-
-Not a test by itself: `test_parity.py` starts it and compares what it writes with one process.
-"""
+"""One rank of `parity.py`: three steps of a tiny model on each mesh of a world, written down for comparison."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flagdit.batch import PackedBatch, PackedText, Segment
@@ -22,26 +21,26 @@ from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, pack
 from flagdit.parallel.engine import Engine
 from flagdit.parallel.mesh import ParallelContext, mesh_of
+from flagdit.train.ema import Emas
 from flagdit.train.engine import build_engine
 
 STEPS = 3
 
+SHAPES = [(1, 4, 4), (1, 6, 10), (3, 4, 4), (1, 2, 2), (2, 4, 6), (1, 10, 2), (1, 4, 4), (4, 2, 2)]
+"""Frames, rows and columns of the eight samples of a global batch: uneven pictures and videos."""
+
+SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 64, "cond_dim": 16}
+COMMON = {**SHAPE, "patch_size": 2, "text_dim": 12, "modalities": {"image": 3, "video": 2}}
 MODELS = {
-    # Flag-DiT over images and videos with text; Next-DiT with grouped queries and LayerNorm over all heads.
-    "flag": ModelConfig(
-        dim=32, num_layers=2, num_heads=8, num_kv_heads=4, ffn_dim=64, cond_dim=16, patch_size=2, text_dim=12,
-        modalities={"image": 3, "video": 2}, rope="axial", rope_axes=2,
-    ),
-    "next": ModelConfig(
-        block="next", dim=32, num_layers=2, num_heads=8, num_kv_heads=4, ffn_dim=64, cond_dim=16, patch_size=2,
-        text_dim=12, modalities={"image": 3, "video": 2}, qk_norm="layer",
-    ),
-}  # fmt: skip
+    "flag": ModelConfig(**COMMON),
+    # LayerNorm over all heads together, as official checkpoints have it.
+    "next": ModelConfig(**COMMON, block="next", qk_norm="layer", checkpointing="block"),
+}
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One column of the parity table."""
+    """The shape of a mesh."""
 
     tensor: int = 1
     sequence: bool = False
@@ -50,49 +49,86 @@ class Mesh:
     data: int = 1
 
     @property
-    def world(self) -> int:
-        return self.tensor * self.context * self.data
-
-    @property
     def name(self) -> str:
-        method = {1: "ulysses", self.context: "ring"}.get(self.ring, "ulysses+ring")
+        method = "Ulysses" if self.ring == 1 else "ring" if self.ring == self.context else "both"
         parts = [f"TP{self.tensor}" + (" SP" if self.sequence else "")] if self.tensor > 1 else []
         parts += [f"CP{self.context} {method}"] if self.context > 1 else []
         parts += [f"DP{self.data}"] if self.data > 1 else []
         return " · ".join(parts) or "one process"
 
 
-def meshes(world: int) -> list[Mesh]:
-    """All meshes of the table with that many ranks."""
-    found = []
-    for tensor in (1, 2, 4, 8):
-        for context in (1, 2, 4, 8):
-            if world % (tensor * context):
-                continue
-            for ring in (1, 2, 4, 8):
-                if context % ring or 8 // tensor % (context // ring):
-                    continue
-                for sequence in (False, True) if tensor > 1 else (False,):
-                    found.append(Mesh(tensor, sequence, context, ring, world // (tensor * context)))
+@dataclass(frozen=True)
+class Case:
+    """One line of the parity table."""
+
+    mesh: Mesh
+    model: str
+    zero: int = 1
+    accumulation: int = 1
+    precision: str = "fp32"
+    offload: bool = False
+    checkpointing: str = ""
+
+    @property
+    def name(self) -> str:
+        extras = [self.precision] * (self.precision != "fp32") + ["offload"] * self.offload
+        extras += [self.checkpointing] if self.checkpointing else []
+        return " ".join([self.model, self.mesh.name, f"ZeRO {self.zero}", f"×{self.accumulation}", *extras])
+
+    @property
+    def reference(self) -> Case:
+        """The same in one process."""
+        return Case(Mesh(), self.model, accumulation=1, precision=self.precision)
+
+    def recipe(self) -> Recipe:
+        model = MODELS[self.model]
+        mesh = self.mesh
+        return Recipe(
+            model=resolve(replace(model, checkpointing=self.checkpointing or model.checkpointing)),
+            flow=FlowConfig(caption_dropout=0.3, shift=2.0, shift_tokens=16),
+            # Adam divides by √v + eps: a large eps keeps it from enlarging rounding where gradients are nearly zero.
+            optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, grad_clip=0.5),
+            train=TrainConfig(accumulation=self.accumulation, precision=self.precision),
+            parallel=ParallelConfig(
+                tensor=mesh.tensor,
+                sequence=mesh.sequence,
+                context=mesh.context,
+                ring=mesh.ring,
+                zero=self.zero,
+                offload=self.offload,
+            ),
+        )
+
+
+def meshes(world: int) -> Iterator[Mesh]:
+    """All meshes with that many ranks, for eight heads."""
+    sizes = [n for n in (1, 2, 4, 8) if n <= world]
+    for tensor in sizes:
+        for context in (n for n in sizes if world % (tensor * n) == 0):
+            for ring in (n for n in sizes if context % n == 0):
+                if 8 // tensor % (context // ring) == 0:
+                    for sequence in (False, True) if tensor > 1 else (False,):
+                        yield Mesh(tensor, sequence, context, ring, world // (tensor * context))
+
+
+def cases(world: int) -> list[Case]:
+    """The lines of the table for that many ranks."""
+    if world == 1:
+        fp32 = [Case(Mesh(), model, accumulation=n) for model in MODELS for n in (1, 2)]
+        return [*fp32, Case(Mesh(), "flag", precision="bf16")]
+    found = [
+        Case(mesh, model, zero, accumulation)
+        for mesh in meshes(world)
+        for model in MODELS
+        for zero in (1, 2, 3)
+        for accumulation in (1, 2)
+    ]
+    if world == 2:
+        mesh = Mesh(tensor=2, sequence=True)
+        found += [Case(place, "flag", zero, 2, "bf16") for place in (mesh, Mesh(data=2)) for zero in (1, 2, 3)]
+        found += [Case(Mesh(data=2), "flag", zero, 2, offload=True) for zero in (1, 2)]
+        found += [Case(mesh, "flag", zero, 1, checkpointing="selective") for zero in (1, 2)]
     return found
-
-
-def recipe_of(
-    model: str, mesh: Mesh, zero: int, accumulation: int, precision: str = "fp32", offload: bool = False
-) -> Recipe:
-    return Recipe(
-        model=resolve(MODELS[model]),
-        flow=FlowConfig(caption_dropout=0.3, shift=2.0, shift_tokens=16),
-        optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, grad_clip=0.5),
-        train=TrainConfig(accumulation=accumulation, precision=precision),
-        parallel=ParallelConfig(
-            tensor=mesh.tensor, sequence=mesh.sequence, context=mesh.context, ring=mesh.ring, zero=zero, offload=offload
-        ),
-    )
-
-
-SHAPES = [(1, 4, 4), (1, 6, 10), (3, 4, 4), (1, 2, 2), (2, 4, 6), (1, 10, 2), (1, 4, 4), (4, 2, 2)]
-"""Frames, rows and columns of the eight samples of a global batch: uneven pictures and videos."""
 
 
 def packs(recipe: Recipe, step: int, parts: int) -> list[PackedBatch]:
@@ -114,73 +150,90 @@ def packs(recipe: Recipe, step: int, parts: int) -> list[PackedBatch]:
 
 
 def randomize(engine: Engine, seed: int = 7) -> None:
-    """Gives zero-initialized parameters values too, else most gradients would be zero."""
-    shapes = {name: tuple(t.shape) for name, t in whole_weights(engine.mesh, engine).items()}
+    """Gives parameters that start at zero values too, else most gradients would be zero."""
+    whole = engine.mesh.from_first({name: tuple(t.shape) for name, t in engine.gather(engine.weights()).items()})
     generator = torch.Generator().manual_seed(seed)
-    values = {n: 0.2 * torch.randn(shape, generator=generator) + ("norm" in n) for n, shape in sorted(shapes.items())}
-    state = engine.state()["optimizer"]
-    moments = {f"{n}.{m}": torch.zeros(s) for n, s in shapes.items() for m in ("exp_avg", "exp_avg_sq")}
-    engine.load({"model": values, "optimizer": {**moments, "step": torch.zeros_like(state["step"])}})
+    values = {n: 0.2 * torch.randn(shape, generator=generator) + ("norm" in n) for n, shape in sorted(whole.items())}
+    moments = {f"{n}.{m}": torch.zeros(shape) for n, shape in whole.items() for m in ("exp_avg", "exp_avg_sq")}
+    engine.load({"model": values, "optimizer": {**moments, "step": torch.zeros(())}})
 
 
-def whole_weights(mesh: ParallelContext, engine: Engine) -> dict[str, torch.Tensor]:
-    """Whole weights on every rank."""
-    holder = [engine.gather(engine.weights())]
-    if mesh.world > 1:
-        torch.distributed.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def train(recipe: Recipe, mesh: ParallelContext) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Losses and norms of three steps; on rank 0, the first step's gradients and the last weights."""
-    _, engine = build_engine(recipe, mesh)
-    randomize(engine)
+def accumulate(engine: Engine, recipe: Recipe, batches: list[PackedBatch]) -> float:
+    """The gradients of a global batch; its loss."""
     objective = FlowMatching(recipe.flow)
     null = torch.zeros(1, recipe.model.text_dim)
-    numbers: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+    count = engine.total_samples(torch.tensor(float(sum(objective.count(b) for b in batches)))).item()
+    total = torch.zeros(())
+    for i, batch in enumerate(batches):
+        batch = drop_conditions(batch, recipe.flow, 0, null_text_LY=null, null_label=0)
+        t_S = draw_timesteps(batch, recipe.flow, 0)
+        batch = engine.share(batch)
+        loss = objective.loss(engine.model, batch, draw_noise(batch, 0), t_S, denominator=count)
+        engine.backward(loss.total, last=i == len(batches) - 1)
+        total += loss.total.detach()
+    return engine.total(total).item()
+
+
+def run(case: Case, mesh: ParallelContext) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Losses and norms of three steps; on rank 0 the first step's gradients and what the last one left.
+
+    Between the steps a batch is thrown away, and the model computes once with its averages: neither may leave a trace.
+    """
+    recipe = case.recipe()
+    _, engine = build_engine(recipe, mesh)
+    randomize(engine)
+    emas = Emas(engine.weights(), [0.5], warmup=False)
+    numbers: dict[str, list[float]] = {"loss": [], "grad_norm": [], "ema_loss": []}
     tensors: dict[str, torch.Tensor] = {}
     parts = mesh.data.size * recipe.train.accumulation
+
+    def mine(step: int) -> list[PackedBatch]:
+        return packs(recipe, step, parts)[mesh.data.rank :: mesh.data.size]
+
     for step in range(STEPS):
-        mine = packs(recipe, step, parts)[mesh.data.rank :: mesh.data.size]
-        count = engine.total_samples(torch.tensor(float(sum(objective.count(b) for b in mine)))).item()
-        total = torch.zeros(())
-        for i, batch in enumerate(mine):
-            batch = drop_conditions(batch, recipe.flow, 0, null_text_LY=null, null_label=0)
-            t_S = draw_timesteps(batch, recipe.flow, 0)
-            batch = engine.share(batch)
-            loss = objective.loss(engine.model, batch, draw_noise(batch, 0), t_S, denominator=count)
-            engine.backward(loss.total, last=i == len(mine) - 1)
-            total += loss.total.detach()
-        numbers["loss"].append(engine.total(total).item())
+        if step == 1:
+            accumulate(engine, recipe, mine(99))
+            engine.grad_norm()
+            engine.discard()
+        numbers["loss"].append(accumulate(engine, recipe, mine(step)))
         numbers["grad_norm"].append(engine.grad_norm().item())
         if step == 0:
             gathered = engine.gather({n: g.float() for n, g in engine.gradients().items()})
-            tensors |= {f"grad.{n}": g.clone() for n, g in gathered.items()}
+            tensors |= {f"gradient {n}": g.clone() for n, g in gathered.items()}
         engine.step(lr=recipe.optimizer.lr)
-    tensors |= {f"weight.{n}": w.clone() for n, w in engine.gather(engine.weights()).items()}
+        emas.update(step)
+        numbers["ema_loss"].append(held_out(engine, recipe, emas, mine(50)))
+    for kind, part in (("weight", engine.weights()), ("average", emas[0]), ("moment", engine.state()["optimizer"])):
+        tensors |= {f"{kind} {n}": w.clone() for n, w in engine.gather(part).items() if n != "step"}
     return numbers, tensors
+
+
+@torch.no_grad()
+def held_out(engine: Engine, recipe: Recipe, emas: Emas, batches: list[PackedBatch]) -> float:
+    """The loss of the averaged weights."""
+    objective = FlowMatching(recipe.flow)
+    total = torch.zeros((), dtype=torch.float64)
+    with engine.using(emas[0]) as model:
+        for batch in batches:
+            t_S = torch.full((len(batch.segments),), 0.5)
+            batch = engine.share(batch)
+            total += objective.loss(model, batch, draw_noise(batch, 0), t_S).per_sample_S.double().sum()
+    return engine.total(total).item() / len(SHAPES)
 
 
 def main(world: int, out: Path, only: str = "") -> None:
     torch.set_num_threads(1)
     if world > 1:
-        torch.distributed.init_process_group("gloo")
-    for mesh in meshes(world):
-        # The batch only has to divide; the samples are made here.
-        first = recipe_of("flag", mesh, 1, 1)
-        with mesh_of(first, "cpu") as place:
-            for model in MODELS:
-                for zero in (1, 2, 3) if world > 1 else (1,):
-                    for accumulation in (1, 2):
-                        name = f"{model} {mesh.name} zero{zero} acc{accumulation}"
-                        if only and not all(word in name for word in only.split()):
-                            continue
-                        recipe = recipe_of(model, mesh, zero, accumulation)
-                        numbers, tensors = train(replace(recipe), place)
-                        if place.is_first:
-                            save_file(tensors, out / f"{name}.safetensors")
-                            (out / f"{name}.json").write_text(json.dumps(numbers))
-                            print(name, numbers, flush=True)
+        dist.init_process_group("gloo")
+    wanted = [case for case in cases(world) if all(word in case.name for word in only.split())]
+    for shape in dict.fromkeys(case.mesh for case in wanted):
+        same = [case for case in wanted if case.mesh == shape]
+        with mesh_of(same[0].recipe(), "cpu") as mesh:
+            for case in same:
+                numbers, tensors = run(case, mesh)
+                if mesh.is_first:
+                    save_file(tensors, out / f"{case.name}.safetensors")
+                    (out / f"{case.name}.json").write_text(json.dumps(numbers))
 
 
 if __name__ == "__main__":

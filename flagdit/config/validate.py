@@ -9,32 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from flagdit.config.keys import all_keys, flatten, nearest
+from flagdit.config.problems import Problem, divisors, either, nearest_values, raise_problems
 from flagdit.config.schema import Recipe
+from flagdit.config.validate_parallel import parallel_problems
 from flagdit.errors import RecipeError
 
 COLOURS = 3
 FACTORS = (2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with a recipe.
-
-    Attributes:
-        keys: the dotted keys at fault, the first one most.
-        text: what is wrong and what to do, as one sentence without its full stop.
-        where: file and line that gave the key, when known.
-    """
-
-    keys: tuple[str, ...]
-    text: str
-    where: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.where})" if self.where else self.text
 
 
 def validate(recipe: Recipe) -> None:
@@ -53,15 +36,6 @@ def problems_of(recipe: Recipe) -> list[Problem]:
     wrong = {key for problem in single for key in problem.keys}
     crossed = [problem for rule in RULES for problem in rule(recipe) if not wrong.intersection(problem.keys)]
     return single + crossed
-
-
-def raise_problems(problems: list[Problem], name: str) -> None:
-    """Raises one RecipeError for all problems, if there are any."""
-    if len(problems) == 1:
-        raise RecipeError(str(problems[0]))
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise RecipeError(f"recipe {name} has {len(problems)} problems:{lines}")
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -91,7 +65,7 @@ def _single_keys(recipe: Recipe) -> Iterator[Problem]:
             continue
         if key.choices and value not in key.choices:
             meant = nearest(value, key.choices)
-            fix = f"did you mean {meant}" if meant else f"use {_either(key.choices)}"
+            fix = f"did you mean {meant}" if meant else f"use {either(key.choices)}"
             yield Problem((key.name,), f"{key.name}={value} is not one of {', '.join(key.choices)}; {fix}")
         numbers = value if key.type == list[float] else [value] if key.type in (int, float) else []
         for number in numbers:
@@ -345,21 +319,6 @@ def _codec_factor(recipe: Recipe) -> int:
     return c.factor if c.kind in ("haar", "dct") and c.factor in FACTORS else 0
 
 
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def nearest_values(value: int, good: list[int]) -> str:
-    """ "try …" with the nearest good values below and above."""
-    near = [max((g for g in good if g < value), default=0), min((g for g in good if g > value), default=0)]
-    named = [str(g) for g in near if g]
-    return f"try {' or '.join(named)}" if named else "no other value fits"
-
-
-def _either(options: tuple[str, ...]) -> str:
-    return ", ".join(options[:-1]) + f" or {options[-1]}"
-
-
 RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _name,
     _heads,
@@ -369,6 +328,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _codec,
     _text,
     _batch,
+    parallel_problems,
     _schedule,
     _rates,
     _validation,

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flagdit.config.schema import Recipe
-from flagdit.config.validate import Problem, divisors, nearest_values, raise_problems
+from flagdit.config.problems import Problem, divisors, nearest_values, raise_problems
 
 Group = dist.ProcessGroup | None
 

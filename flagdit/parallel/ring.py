@@ -13,7 +13,7 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -37,6 +37,7 @@ class Schedule:
     axis: Axis
     spans: tuple[tuple[int, ...], ...]
     pairs: Any
+    _local: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pairs: Any, axis: Axis) -> Schedule:
@@ -56,7 +57,12 @@ class Schedule:
         return any(q and k for q, k in zip(self.spans[queries], self.spans[keys], strict=True))
 
     def local_pairs(self, keys: int) -> Any:
-        """Pairs of this rank's queries and another range's keys."""
+        """Pairs of this rank's queries and another range's keys; made once."""
+        if keys not in self._local:
+            self._local[keys] = self._make_pairs(keys)
+        return self._local[keys]
+
+    def _make_pairs(self, keys: int) -> Any:
         queries, device = self.spans[self.axis.rank], self.pairs.cu_seqlens_q.device
 
         def offsets(lengths: tuple[int, ...]) -> Tensor:
@@ -106,10 +112,14 @@ class RingAttention:
 
     def __init__(self, attention: Any, axis: Axis):
         self.attention, self.axis = attention, axis
+        self._schedule: Schedule | None = None
 
     def __call__(self, q_tHD: Tensor, k_tKD: Tensor, v_tKD: Tensor, pairs: Any) -> Tensor:
         """(t, H, D) for this rank's range. `pairs` are those of the whole pack."""
-        return _Ring.apply(q_tHD, k_tKD, v_tKD, self.attention, Schedule.of(pairs, self.axis))
+        # All blocks of a forward bring the same pairs.
+        if self._schedule is None or self._schedule.pairs is not pairs:
+            self._schedule = Schedule.of(pairs, self.axis)
+        return _Ring.apply(q_tHD, k_tKD, v_tKD, self.attention, self._schedule)
 
 
 class _Ring(torch.autograd.Function):
