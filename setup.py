@@ -17,6 +17,8 @@ setup(
         "numpy>=1.26",
         "omegaconf>=2.3",
         "webdataset>=1.0",
+        "deepspeed==0.19.8",  # the engine reaches into its optimizers: change this pin with care
+        "megatron-core==0.16.1",
         "wandb>=0.19",
         "safetensors>=0.5",
         "pillow>=10",

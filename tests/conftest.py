@@ -6,3 +6,13 @@ import os
 # On a machine with a GPU, kernels are tested on it instead.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the tables that tests recorded with record_property("table", text), whichever worker ran them."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    for report in reports:
+        for name, text in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+            if name == "table":
+                terminalreporter.write_line("")
+                terminalreporter.write_line(text)

@@ -51,6 +51,7 @@ FREE_KEYS = (
     "train.deterministic",
     "train.log_every",
     "guard.",
+    "parallel.",
     "validation.",
     "sample.",
     "checkpoint.",
