@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flagdit.config.schema import Recipe
 from flagdit.config.problems import Problem, divisors, nearest_values, raise_problems
+from flagdit.config.schema import Recipe
 
 Group = dist.ProcessGroup | None
 

@@ -37,6 +37,11 @@ class Emas:
         """The weights of one average, in the order of `decays`."""
         return self._averages[index]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all averages in this process."""
+        return sum(w.nbytes for average in self._averages for w in average.values())
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after optimizer step `step`, counted from 0. Not called for skipped steps."""

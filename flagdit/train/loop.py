@@ -151,6 +151,8 @@ def opening(run: Run) -> str:
     begin = f"continuing at step {run.step}" if run.step else "training"
     count = quantity(run.engine.num_parameters)
     averages = ", ".join(f"{d:g}" for d in run.emas.decays) or "none"
+    if run.emas.decays:
+        averages += f" ({run.emas.num_bytes / 1e6:,.1f} MB a rank)"
     precision = f"{run.recipe.train.precision}, attention {run.attention} on {run.engine.device.type}"
     mesh = run.engine.mesh
     axes = {"tensor": mesh.tensor, "context": mesh.context, "data": mesh.data}

@@ -24,6 +24,7 @@ class StepResult:
         flops: forward and backward, of the model alone.
         seconds: waiting for data, computing and updating; not the hooks.
         bad: why the step was skipped; None for a good one.
+        ema_seconds: time that the averages took; None where it was not measured.
     """
 
     step: int
@@ -35,6 +36,7 @@ class StepResult:
     flops: float
     seconds: float
     bad: str | None = None
+    ema_seconds: float | None = None
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Meter:
             "tokens_per_s": w.tokens / w.seconds,
             "samples_per_s": w.samples / w.seconds,
             "mfu": w.flops / w.seconds / (self._peak * 1e12) if self._peak else None,
+            "ema_seconds": result.ema_seconds,
             "bad_steps": bad_steps,
             "seconds": self.totals.seconds,
         }

@@ -50,10 +50,11 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
         per_sample.append(loss.per_sample_S)
 
     mean, norm = torch.stack([engine.total(total), engine.grad_norm().to(total)]).tolist()
+    ema_seconds = None
     bad = run.guard.verdict(mean, norm) if count else "no sample of the batch can be read"
     if bad is None:
         engine.step(lr)
-        run.emas.update(run.step)
+        ema_seconds = update_averages(run)
         run.guard.accept()
     else:
         engine.discard()
@@ -69,7 +70,19 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
         flops=flops,
         seconds=time.perf_counter() - since,
         bad=bad,
+        ema_seconds=ema_seconds,
     )
+
+
+def update_averages(run: Run) -> float | None:
+    """Moves the averages on; their time in seconds at steps that write a line, where a GPU is waited for to know it."""
+    measured = len(run.emas) and (run.step + 1) % run.recipe.train.log_every == 0
+    wait = torch.cuda.synchronize if measured and run.engine.device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    run.emas.update(run.step)
+    wait()
+    return time.perf_counter() - began if measured else None
 
 
 def size_of(run: Run, batch: PackedBatch) -> tuple[float, float, float, float]:
