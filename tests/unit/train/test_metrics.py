@@ -28,6 +28,7 @@ def test_line_holds_means_rates_and_totals():
         "tokens_per_s": 40.0,
         "samples_per_s": 4.0,
         "mfu": 0.3,
+        "ema_seconds": None,
         "bad_steps": 0,
         "seconds": 3.0,
     }
