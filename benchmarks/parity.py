@@ -29,7 +29,7 @@ from flagdit.launch.processes import run_ranks
 
 BOUNDS = {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "state": 1e-5}
 BF16_BOUNDS = {"loss": 2e-2, "norm": 2e-2, "gradient": 0.2, "state": 0.1}
-SMALL = 1e-4
+SMALL = 1e-3
 """Share of the whole gradient's norm below which a parameter's own gradient is no scale."""
 
 
