@@ -7,7 +7,7 @@ Shape legend: T tokens, S samples, D channels of the residual stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -108,9 +108,16 @@ def modulated_norms(shape: Shape, tokens: int, dtype: torch.dtype) -> Iterator[P
     yield _recorded("gated_residual", "backward", partial(gated.run_backward, x, None, None, *tensors))
 
 
-def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = False) -> Iterator[Pass]:
-    """Queries and keys: normed head by head, normed all heads together, and rotated alone."""
-    head_dim = shape.dim // shape.num_heads
+def rotations(
+    shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = False, head_dim: int | None = None
+) -> Iterator[Pass]:
+    """Queries and keys: normed head by head, normed all heads together, and rotated alone.
+
+    Args:
+        computed: angles from positions; else from a table.
+        head_dim: None: all heads of the shape are as wide as the residual stream.
+    """
+    head_dim = head_dim or shape.dim // shape.num_heads
     q, k = (meta(tokens, heads, head_dim, dtype=dtype) for heads in (shape.num_heads, shape.num_kv_heads))
     weight = meta(head_dim, dtype=dtype)
     table = meta(tokens, head_dim // 2, dtype=torch.float32)
@@ -156,13 +163,17 @@ def noises(tokens: int, patch_dim: int, dtype: torch.dtype) -> Iterator[Pass]:
 
 
 def all_passes(tokens: int = 131072) -> Iterator[tuple[str, Pass]]:
-    """Every pass that ships, with a name for its configuration: all sizes in bf16, the largest in fp32 too."""
+    """Every pass that ships, with a name for its configuration: all sizes in bf16, the largest in fp32 too, and what a
+    rank of eight runs of it under tensor parallelism."""
     for name, shape in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32) if name == "7b" else (torch.bfloat16,):
             label = f"{name} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
             yield from ((label, one) for one in modulated_norms(shape, tokens, dtype))
             yield from ((label, one) for one in rotations(shape, tokens, dtype))
             yield from ((label, one) for one in activations(shape, tokens, dtype))
+    rank = replace(SHAPES["7b"], num_heads=4, num_kv_heads=4, ffn_dim=SHAPES["7b"].ffn_dim // 8)
+    yield from (("7b/8 bf16", one) for one in rotations(rank, tokens, torch.bfloat16, head_dim=128))
+    yield from (("7b/8 bf16", one) for one in activations(rank, tokens, torch.bfloat16))
     yield from (("7b bf16 computed", one) for one in rotations(SHAPES["7b"], tokens, torch.bfloat16, computed=True))
     for dtype in (torch.float32, torch.bfloat16):
         label = f"patches {'bf16' if dtype == torch.bfloat16 else 'fp32'}"

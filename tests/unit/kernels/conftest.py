@@ -43,12 +43,13 @@ def addresses_of(tensors: list[Tensor]) -> np.ndarray:
 
 
 class Memory:
-    """Allocates guarded outputs and watches launches."""
+    """Allocates guarded outputs, watches launches, and counts the bytes that their loads and stores touch."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
         self.overwritten: list[Tensor] = []
         self.watching = False
+        self.bytes = 0
 
     def empty(self, shape, dtype: torch.dtype, device) -> Tensor:
         size = math.prod(shape)
@@ -77,7 +78,9 @@ class Memory:
     def touch(self, pointers, mask, store: bool) -> None:
         if not self.watching:
             return
+        width = pointers.get_element_ty().primitive_bitwidth // 8
         touched = pointers.data.astype(np.int64)[mask.data.astype(bool)]
+        self.bytes += width * len(np.unique(touched))
         known = self.writable if store else self.readable
         places = np.searchsorted(known, touched).clip(max=len(known) - 1)
         outside = known[places] != touched
