@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -242,15 +242,17 @@ class Record:
     def add(self, name: str, target: str, content: str, result: Compiled) -> None:
         self.rows.setdefault(name, {})[target] = {"content": content, **asdict(result)}
 
-    def save(self) -> None:
-        assert self.file is not None
-        lines = [
-            f" {json.dumps(name)}: {{\n"
-            + ",\n".join(f"  {json.dumps(target)}: {json.dumps(row)}" for target, row in sorted(targets.items()))
-            + "\n }"
-            for name, targets in self.rows.items()
-        ]
-        self.file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    def save(self, names: Sequence[str]) -> None:
+        """Writes what is known of these, one line for each target."""
+        assert self.file is not None, "--update needs --record"
+        rows = {
+            name: ",\n".join(f"  {json.dumps(target)}: {json.dumps(row)}" for target, row in self.rows[name].items())
+            for name in names
+            if name in self.rows
+        }
+        self.file.write_text(
+            "{\n" + ",\n".join(f" {json.dumps(n)}: {{\n{row}\n }}" for n, row in rows.items()) + "\n}\n"
+        )
 
 
 def check(name: str, launch: Launch, target: str, record: Record, fresh: bool) -> tuple[Compiled, list[str]]:
@@ -276,8 +278,9 @@ def main() -> int:
     record = Record(chosen.record)
     print(f"triton {triton.__version__}: registers and instructions; '!' marks what the gate objects to")
     print(f"{'kernel':<54}" + "".join(f"{target:>14}" for target in chosen.targets))
-    faults = []
+    faults, shipped = [], []
     for name, launch in unique_launches():
+        shipped.append(name)
         if chosen.only not in name:
             continue
         cells = []
@@ -287,9 +290,12 @@ def main() -> int:
             faults += wrong
             cells.append(f"{result.registers:>5}{result.instructions:>7}{'!' if wrong else ' '} ")
         print(f"{name:<54}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
-    print("\n".join(faults) if faults else "no spills; rows are read and written 128 bits at a time")
+    gone = record.rows.keys() - set(shipped)
     if chosen.update:
-        record.save()
+        record.save(shipped)
+    elif gone:
+        faults.append(f"recorded but not shipped: {'; '.join(sorted(gone))}")
+    print("\n".join(faults) if faults else "no spills; rows are read and written 128 bits at a time")
     return 1 if faults else 0
 
 
