@@ -68,11 +68,13 @@ class Case:
     precision: str = "fp32"
     offload: bool = False
     checkpointing: str = ""
+    kernels: str = "auto"
 
     @property
     def name(self) -> str:
         extras = [self.precision] * (self.precision != "fp32") + ["offload"] * self.offload
         extras += [self.checkpointing] if self.checkpointing else []
+        extras += [self.kernels] if self.kernels != "auto" else []
         return " ".join([self.model, self.mesh.name, f"ZeRO {self.zero}", f"×{self.accumulation}", *extras])
 
     @property
@@ -84,7 +86,9 @@ class Case:
         model = MODELS[self.model]
         mesh = self.mesh
         return Recipe(
-            model=resolve(replace(model, checkpointing=self.checkpointing or model.checkpointing)),
+            model=resolve(
+                replace(model, checkpointing=self.checkpointing or model.checkpointing, kernels=self.kernels)
+            ),
             flow=FlowConfig(caption_dropout=0.3, shift=2.0, shift_tokens=16),
             # Adam divides by √v + eps: a large eps keeps it from enlarging rounding where gradients are nearly zero.
             optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, grad_clip=0.5),
@@ -128,6 +132,8 @@ def cases(world: int) -> list[Case]:
         found += [Case(place, "flag", zero, 2, "bf16") for place in (mesh, Mesh(data=2)) for zero in (1, 2, 3)]
         found += [Case(Mesh(data=2), "flag", zero, 2, offload=True) for zero in (1, 2)]
         found += [Case(mesh, "flag", zero, 1, checkpointing="selective") for zero in (1, 2)]
+        places = (mesh, Mesh(context=2), Mesh(context=2, ring=2))
+        found += [Case(place, model, kernels="triton") for place in places for model in MODELS]
     return found
 
 

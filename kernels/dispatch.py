@@ -51,7 +51,7 @@ def use_triton(operation: str, backend: str, device_type: str, dtype: torch.dtyp
     reason = refusal(device_type, dtype, width)
     if backend == "triton":
         if reason is not None:
-            raise ValueError(f"kernels.backend=triton, but {reason}. Use kernels.backend=auto.")
+            raise ValueError(f"{operation} cannot run in Triton: {reason}")
         return True
     if device_type != "cuda":
         reason = f"the tensors are on {device_type}"

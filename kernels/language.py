@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,11 @@ def jit(function: Callable) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def lanes() -> int:
+    """Threads of a warp of this machine's GPUs."""
+    return 64 if torch.version.hip else 32
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,7 +46,7 @@ class Launch:
         kernel: the jitted function.
         grid: number of programs.
         args: all its arguments by name, compile-time constants included; None for absent tensors.
-        options: num_warps, num_stages and other options of the compiler.
+        options: num_warps, num_stages and other options of the compiler, for warps of 32 threads.
     """
 
     kernel: Any
@@ -52,6 +57,10 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__.strip("_")
+
+    def options_for(self, lanes: int) -> dict[str, Any]:
+        """The options where a warp has so many threads: the number of threads stays, and with it what each moves."""
+        return {**self.options, "num_warps": max(1, self.options["num_warps"] * 32 // lanes)}
 
 
 _recorded: list[Launch] | None = None
@@ -69,28 +78,26 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded = None
 
 
-def launch(kernel: Any, grid: int, args: dict[str, Any], **options: Any) -> None:
+def launch(kernel: Any, grid: int, args: dict[str, Any], *, num_warps: int = 4, **options: Any) -> None:
     """Runs a kernel on the device of its tensors; no programs, no launch.
 
     Args:
         kernel: a function made by `jit`.
         grid: number of programs, along one axis.
         args: its arguments by name.
-        options: of the compiler: num_warps, num_stages, …
+        num_warps: of a program, for warps of 32 threads.
+        options: others of the compiler: num_stages, …
     """
     if grid == 0:
         return
     # Triton's default for this is about to change; fused multiply-adds are what we want everywhere but in noise.
-    options.setdefault("enable_fp_fusion", True)
+    wanted = Launch(kernel, grid, args, {"enable_fp_fusion": True, "num_warps": num_warps, **options})
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, options))
+        _recorded.append(wanted)
         return
     device = next(a.device for a in args.values() if isinstance(a, Tensor))
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[(grid,)](**args, **options)
-    else:
-        kernel[(grid,)](**args, **options)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(grid,)](**args, **wanted.options_for(lanes()))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -32,7 +32,9 @@ from flagdit.kernels.rope import (
     turn_pairs,
 )
 
-PROGRAMS = 512
+# Programs go through the tokens in strides, so that weight and bias are read once by each and not once a token.
+FORWARD_PROGRAMS = 1024
+BACKWARD_PROGRAMS = 512
 
 
 def reference(x_TW: Tensor, weight_W: Tensor, bias_W: Tensor, angles: Angles, head_dim: int, eps: float) -> Tensor:
@@ -46,26 +48,28 @@ def reference(x_TW: Tensor, weight_W: Tensor, bias_W: Tensor, angles: Angles, he
 def _layer_norm_rope_kernel(
     x, weight, bias, cos, sin, position, frequency, y, statistics, num_tokens, x_stride, position_stride, eps,
     HEADS: tl.constexpr, D: tl.constexpr, AXES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    within = tokens < num_tokens
-    tokens64 = tokens.to(tl.int64)[:, None, None]
     place = head_places(D, BLOCK_HEADS, BLOCK)
     inside = tile_mask(tl.full((1,), 1, tl.int1), HEADS, D, BLOCK_HEADS, BLOCK)
-    mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
-    cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
-    value = tl.load(x + tokens64 * x_stride + place, mask=mask, other=0.0).to(tl.float32)
     gain = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     addend = tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(value, 2), 1) / (HEADS * D)
-    value = tl.where(inside, value - mean[:, None, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(tl.sum(value * value, 2), 1) / (HEADS * D) + eps)
-    tl.store(statistics + 2 * tokens, mean, mask=within)
-    tl.store(statistics + 2 * tokens + 1, inverse, mask=within)
-    result = value * inverse[:, None, None] * gain + addend
-    result = turn_pairs(result, cosine, sine, TOKENS, BLOCK_HEADS, BLOCK)
-    tl.store(y + tokens64 * (HEADS * D) + place, result.to(y.dtype.element_ty), mask=mask)
+    step = tl.num_programs(0) * TOKENS
+    for start in tl.range(tl.program_id(0) * TOKENS, num_tokens, step, num_stages=STAGES):
+        tokens = start + tl.arange(0, TOKENS)
+        tokens64 = tokens.to(tl.int64)[:, None, None]
+        within = tokens < num_tokens
+        mask = tile_mask(within, HEADS, D, BLOCK_HEADS, BLOCK)
+        value = tl.load(x + tokens64 * x_stride + place, mask=mask, other=0.0).to(tl.float32)
+        cosine, sine = load_angles(cos, sin, position, frequency, tokens, within, position_stride, D // 2, AXES, BLOCK)
+        mean = tl.sum(tl.sum(value, 2), 1) / (HEADS * D)
+        value = tl.where(inside, value - mean[:, None, None], 0.0)
+        inverse = tl.rsqrt(tl.sum(tl.sum(value * value, 2), 1) / (HEADS * D) + eps)
+        tl.store(statistics + 2 * tokens, mean, mask=within)
+        tl.store(statistics + 2 * tokens + 1, inverse, mask=within)
+        result = value * inverse[:, None, None] * gain + addend
+        result = turn_pairs(result, cosine, sine, TOKENS, BLOCK_HEADS, BLOCK)
+        tl.store(y + tokens64 * (HEADS * D) + place, result.to(y.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -125,9 +129,10 @@ def run_forward(
     args = {
         "x": x, "weight": weight, "bias": bias, **angle_args(cos, sin, position, frequency), "y": y,
         "statistics": statistics, "num_tokens": num_rows, "x_stride": x.stride(0), "eps": eps,
-        "HEADS": width // head_dim, "D": head_dim, **shape,
+        "HEADS": width // head_dim, "D": head_dim, **shape, "STAGES": 3,
     }  # fmt: skip
-    launch(_layer_norm_rope_kernel, -(-num_rows // shape["TOKENS"]), args, num_warps=tile_warps(shape))
+    programs = min(-(-num_rows // shape["TOKENS"]), FORWARD_PROGRAMS)
+    launch(_layer_norm_rope_kernel, programs, args, num_warps=tile_warps(shape))
     return y, statistics
 
 
@@ -147,7 +152,7 @@ def run_backward(
     num_rows, width = x.shape
     dx = language.empty((num_rows, width), x.dtype, x.device)
     shape = tile_shape(width // head_dim, head_dim)
-    programs = min(-(-num_rows // shape["TOKENS"]), PROGRAMS)
+    programs = min(-(-num_rows // shape["TOKENS"]), BACKWARD_PROGRAMS)
     parts = language.empty((programs, 2, width), torch.float32, x.device)
     args = {
         "dy": dy, "x": x, "weight": weight, **angle_args(cos, sin, position, frequency),

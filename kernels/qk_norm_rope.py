@@ -249,8 +249,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dweights = _backward(dq_out, dk_out, *ctx.saved_tensors, ctx.eps)
-    q_weight, k_weight = ctx.saved_tensors[2:4]
+    # Activation checkpointing lets saved tensors be taken once.
+    q, k, q_weight, k_weight, *angles = ctx.saved_tensors
+    dq, dk, dweights = _backward(dq_out, dk_out, q, k, q_weight, k_weight, *angles, ctx.eps)
     return dq, dk, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None, None, None
 
 

@@ -44,6 +44,13 @@ class Angles:
         given = [x is not None for x in (self.cos_TR, self.sin_TR, self.position_TA, self.frequency_R)]
         assert given in ([True, True, False, False], [False, False, True, True]), "a table, or positions: one of them"
 
+    @property
+    def num_pairs(self) -> int:
+        """R."""
+        table_R = self.frequency_R if self.cos_TR is None else self.cos_TR
+        assert table_R is not None
+        return table_R.shape[-1]
+
     def table(self) -> tuple[Tensor, Tensor]:
         """(T, R) cosines and sines."""
         if self.cos_TR is not None and self.sin_TR is not None:

@@ -108,10 +108,16 @@ def modulated_norms(shape: Shape, tokens: int, dtype: torch.dtype) -> Iterator[P
     yield _recorded("gated_residual", "backward", partial(gated.run_backward, x, None, None, *tensors))
 
 
-def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = False) -> Iterator[Pass]:
-    """Queries and keys: normed head by head, normed all heads together, and rotated alone."""
+def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = False, split: int = 1) -> Iterator[Pass]:
+    """Queries and keys: normed head by head, normed all heads together, and rotated alone.
+
+    Args:
+        computed: angles from positions; else from a table.
+        split: tensor-parallel ranks that share the heads. Several reduce the statistics of a norm over all heads, which
+            is no kernel then.
+    """
     head_dim = shape.dim // shape.num_heads
-    q, k = (meta(tokens, heads, head_dim, dtype=dtype) for heads in (shape.num_heads, shape.num_kv_heads))
+    q, k = (meta(tokens, heads // split, head_dim, dtype=dtype) for heads in (shape.num_heads, shape.num_kv_heads))
     weight = meta(head_dim, dtype=dtype)
     table = meta(tokens, head_dim // 2, dtype=torch.float32)
     position = meta(tokens, 3, dtype=torch.int64)[:, 1:]
@@ -127,6 +133,8 @@ def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = Fa
     yield _recorded("qk_norm_rope", "backward", backward)
     for x in (q,) if shape.num_heads == shape.num_kv_heads else (k,):
         yield _recorded("rope", "forward", partial(plain.run, x, x, *angles, 1))
+        if split > 1:
+            continue
         row = x.view(tokens, -1)
         wide, both = meta(row.shape[1], dtype=dtype), meta(tokens, 2, dtype=torch.float32)
         forward = partial(together.run_forward, row, wide, wide, *angles, head_dim, EPS)
@@ -135,9 +143,10 @@ def rotations(shape: Shape, tokens: int, dtype: torch.dtype, computed: bool = Fa
         yield _recorded("layer_norm_rope", "backward", backward)
 
 
-def activations(shape: Shape, tokens: int, dtype: torch.dtype) -> Iterator[Pass]:
-    """The hidden layer of the feed-forward: two projections, or the halves of one."""
-    a, packed = meta(tokens, shape.ffn_dim, dtype=dtype), meta(tokens, 2 * shape.ffn_dim, dtype=dtype)
+def activations(shape: Shape, tokens: int, dtype: torch.dtype, split: int = 1) -> Iterator[Pass]:
+    """The hidden layer of the feed-forward: two projections, or the halves of one, on one of `split` ranks."""
+    hidden = shape.ffn_dim // split
+    a, packed = meta(tokens, hidden, dtype=dtype), meta(tokens, 2 * hidden, dtype=dtype)
     for name, (left, right) in (("swiglu", (a, a)), ("swiglu of halves", packed.chunk(2, dim=1))):
         yield _recorded(name, "forward", partial(swiglu.run_forward, left, right))
         yield _recorded(name, "backward", partial(swiglu.run_backward, a, left, right))
@@ -156,13 +165,16 @@ def noises(tokens: int, patch_dim: int, dtype: torch.dtype) -> Iterator[Pass]:
 
 
 def all_passes(tokens: int = 131072) -> Iterator[tuple[str, Pass]]:
-    """Every pass that ships, with a name for its configuration: all sizes in bf16, the largest in fp32 too."""
+    """Every pass that ships, with a name for its configuration: all sizes in bf16, the largest in fp32 too, and what a
+    rank of eight runs of it under tensor parallelism."""
     for name, shape in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32) if name == "7b" else (torch.bfloat16,):
             label = f"{name} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
             yield from ((label, one) for one in modulated_norms(shape, tokens, dtype))
             yield from ((label, one) for one in rotations(shape, tokens, dtype))
             yield from ((label, one) for one in activations(shape, tokens, dtype))
+    yield from (("7b/8 bf16", one) for one in rotations(SHAPES["7b"], tokens, torch.bfloat16, split=8))
+    yield from (("7b/8 bf16", one) for one in activations(SHAPES["7b"], tokens, torch.bfloat16, split=8))
     yield from (("7b bf16 computed", one) for one in rotations(SHAPES["7b"], tokens, torch.bfloat16, computed=True))
     for dtype in (torch.float32, torch.bfloat16):
         label = f"patches {'bf16' if dtype == torch.bfloat16 else 'fp32'}"

@@ -77,6 +77,12 @@ class ModelConfig:
         "docs/attention.md. A run sampled elsewhere takes another where this one cannot serve.",
         choices=("auto", "sdpa", "varlen", "flash2", "flash3", "flash4"),
     )
+    kernels: str = key(
+        "auto",
+        "Norms, gates, RoPE and SwiGLU of the blocks: auto: fused Triton kernels on GPUs, plain torch elsewhere; "
+        "triton; reference (plain torch). See docs/kernels.md.",
+        choices=("auto", "triton", "reference"),
+    )
     checkpointing: str = key(
         "none",
         "Activation checkpointing: none; block: recompute whole blocks; selective: keep matmul and attention outputs.",

@@ -9,7 +9,7 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -245,8 +245,10 @@ def load_pipeline(
     if device is None:
         device = "cuda" if torch.cuda.is_available() and recipe.train.device != "cpu" else "cpu"
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    # The training run may have forced kernels that this machine cannot run.
+    kernels = "auto" if recipe.model.kernels == "triton" else recipe.model.kernels
     with torch.device("meta"):
-        model = FlagDiT(recipe.model)
+        model = FlagDiT(replace(recipe.model, kernels=kernels))
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flagdit.config.schema import ModelConfig
 from flagdit.model.attention_backends import AttentionBackend, Pairs
-from flagdit.model.rope import Rotation
+from flagdit.model.ops import BlockOps
 from flagdit.model.segments import Samples
 
 SelfAttention = Callable[[Tensor, Tensor, Tensor, Pairs], Tensor]
@@ -41,8 +41,8 @@ class Context:
     Attributes:
         attention: computes softmax(q·kᵀ/√D)·v inside each sample.
         self_attention: the same between image tokens; under context parallelism the ranks exchange theirs in it.
-        samples: which tokens of the residual stream belong to which sample, for modulation.
-        rotation: RoPE of every token that queries and keys are made of.
+        samples: which tokens of the residual stream belong to which sample, for the final modulation.
+        ops: norms, gates, RoPE and activations of the blocks.
         self_pairs: image tokens of the whole pack that see each other.
         text_MY: packed text features; None without text.
         text_pairs: this process's image tokens and the text tokens they see; None without text.
@@ -52,7 +52,7 @@ class Context:
     attention: AttentionBackend
     self_attention: SelfAttention
     samples: Samples
-    rotation: Rotation
+    ops: BlockOps
     self_pairs: Pairs
     text_MY: Tensor | None = None
     text_pairs: Pairs | None = None
@@ -114,8 +114,7 @@ class Attention(nn.Module):
     def forward(self, x_TE: Tensor, text_MY: Tensor | None, ctx: Context) -> Tensor:
         """(T, E) → (T, E). `text_MY` is the block's normed text; None without text."""
         q, k, v = self.projection(x_TE, self.wq, self.wk, self.wv)
-        q_THD = ctx.rotation(self.q_norm(q))
-        k_TKD = ctx.rotation(self.k_norm(k))
+        q_THD, k_TKD = ctx.ops.queries_and_keys(q, k, self.q_norm, self.k_norm)
         v_TKD = v.unflatten(-1, (-1, self.head_dim))
         q_self_THD = q_THD if ctx.temperature_T11 is None else q_THD * ctx.temperature_T11
         out_THD = ctx.self_attention(q_self_THD, k_TKD, v_TKD, ctx.self_pairs)

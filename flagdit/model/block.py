@@ -7,12 +7,11 @@ Shape legend
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flagdit.config.schema import ModelConfig
 from flagdit.model.attention import Attention, Context, Projection, each_alone
-from flagdit.model.segments import modulate, scale_tokens
+from flagdit.model.ops import BlockOps
 
 TP_PLAN: dict[str, str] = {
     "blocks.*.attention.wq": "column",
@@ -56,9 +55,9 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
+    def forward(self, x_TE: Tensor, ops: BlockOps) -> Tensor:
         gate, up = self.projection(x_TE, self.w1, self.w3)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(ops.swiglu(gate, up))
 
 
 class _Block(nn.Module):
@@ -94,10 +93,11 @@ class FlagBlock(_Block):
 
     def forward(self, x_TE: Tensor, cond_SC: Tensor, ctx: Context) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(cond_SC)
-        y_TE = self.attend(modulate(self.attention_norm(x_TE), shift_a, scale_a, ctx.samples), ctx)
-        x_TE = x_TE + scale_tokens(y_TE, gate_a, ctx.samples)
-        y_TE = self.feed_forward(modulate(self.ffn_norm(x_TE), shift_f, scale_f, ctx.samples))
-        return x_TE + scale_tokens(y_TE, gate_f, ctx.samples)
+        x_TE, y_TE = ctx.ops.norm(x_TE, self.attention_norm, shift_a, scale_a)
+        y_TE = self.attend(y_TE, ctx)
+        x_TE, y_TE = ctx.ops.add_norm(x_TE, y_TE, gate_a, self.ffn_norm, shift_f, scale_f)
+        y_TE = self.feed_forward(y_TE, ctx.ops)
+        return ctx.ops.add(x_TE, y_TE, gate_f)
 
 
 class NextBlock(_Block):
@@ -114,10 +114,11 @@ class NextBlock(_Block):
 
     def forward(self, x_TE: Tensor, cond_SC: Tensor, ctx: Context) -> Tensor:
         scale_a, gate_a, scale_f, gate_f = self.modulation(cond_SC)
-        y_TE = self.attend(modulate(self.attention_norm1(x_TE), None, scale_a, ctx.samples), ctx)
-        x_TE = x_TE + scale_tokens(self.attention_norm2(y_TE), gate_a.tanh(), ctx.samples)
-        y_TE = self.feed_forward(modulate(self.ffn_norm1(x_TE), None, scale_f, ctx.samples))
-        return x_TE + scale_tokens(self.ffn_norm2(y_TE), gate_f.tanh(), ctx.samples)
+        x_TE, y_TE = ctx.ops.norm(x_TE, self.attention_norm1, None, scale_a)
+        y_TE = self.attend(y_TE, ctx)
+        x_TE, y_TE = ctx.ops.add_norm(x_TE, y_TE, gate_a, self.ffn_norm1, None, scale_f, sandwich=self.attention_norm2)
+        y_TE = self.feed_forward(y_TE, ctx.ops)
+        return ctx.ops.add(x_TE, y_TE, gate_f, sandwich=self.ffn_norm2)
 
 
 BLOCKS: dict[str, type[FlagBlock] | type[NextBlock]] = {"flag": FlagBlock, "next": NextBlock}

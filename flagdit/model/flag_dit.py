@@ -30,6 +30,7 @@ from flagdit.model.attention_backends import AttentionBackend, Pairs, Sdpa
 from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
 from flagdit.model.modality import MODALITIES
+from flagdit.model.ops import block_ops
 from flagdit.model.rope import RopeScaling, build_rotation
 from flagdit.model.segments import Samples, modulate, runs_of, take_rows
 from flagdit.model.sizes import resolve
@@ -166,11 +167,13 @@ class FlagDiT(nn.Module):
             factors = [math.sqrt(math.log(n, inference.proportional_base)) for n in whole.seqlens[: len(t_S)]]
             factor_S = torch.tensor(factors, dtype=self.dtype).to(t_S.device)
             temperature_T11 = factor_S[attended.segment_ids][:, None, None]
+        samples = Samples(runs_of(layout.seqlens), layout.segment_ids)
+        rotation = build_rotation(self.cfg, attended, t_S, inference.rope)
         return Context(
             attention=self.attention_backend,
             self_attention=self.self_attention or self.attention_backend,
-            samples=Samples(runs_of(layout.seqlens), layout.segment_ids),
-            rotation=build_rotation(self.cfg, attended, t_S, inference.rope),
+            samples=samples,
+            ops=block_ops(self.cfg, t_S.device, self.dtype, layout, samples, rotation),
             self_pairs=Pairs(whole.seqlens, whole.seqlens, whole.cu_seqlens, whole.cu_seqlens),
             text_MY=None if text is None else text.features_MY.to(self.dtype),
             text_pairs=None

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "name",
     "run_dir",
     "model.attention",
+    "model.kernels",
     "model.checkpointing",
     "model.checkpoint_every",
     "codec.path",

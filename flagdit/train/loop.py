@@ -153,7 +153,8 @@ def opening(run: Run) -> str:
     averages = ", ".join(f"{d:g}" for d in run.emas.decays) or "none"
     if run.emas.decays:
         averages += f" ({run.emas.num_bytes / 1e6:,.1f} MB a rank)"
-    precision = f"{run.recipe.train.precision}, attention {run.attention} on {run.engine.device.type}"
+    backends = f"attention {run.attention}, kernels {run.kernels}"
+    precision = f"{run.recipe.train.precision}, {backends} on {run.engine.device.type}"
     mesh = run.engine.mesh
     axes = {"tensor": mesh.tensor, "context": mesh.context, "data": mesh.data}
     ranks = " × ".join(f"{axis.size} {name}" for name, axis in axes.items() if axis.size > 1)

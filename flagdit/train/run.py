@@ -14,13 +14,14 @@ from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
 from flagdit.generate.pipeline import weights_group
 from flagdit.model.flag_dit import FlagDiT
+from flagdit.model.ops import choose_kernels
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, num_tokens
 from flagdit.parallel.engine import Engine, Tensors
 from flagdit.parallel.mesh import ParallelContext
 from flagdit.train.display import Display
 from flagdit.train.ema import Emas
-from flagdit.train.engine import build_engine
+from flagdit.train.engine import DTYPES, build_engine
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
 from flagdit.train.guard import Guard
 from flagdit.train.metrics import Meter, peak_tflops
@@ -34,6 +35,7 @@ class Run:
     Attributes:
         model_config: the model's shape with its named size applied.
         attention: name of the attention backend.
+        kernels: what the blocks run on: triton or reference.
         content: names the data set by what is in it.
         model: the network itself, as the engine left it.
         null_text_LY: features of the empty caption; None for models without text.
@@ -44,6 +46,7 @@ class Run:
     folder: RunFolder
     model_config: ModelConfig
     attention: str
+    kernels: str
     content: str
     model: FlagDiT
     engine: Engine
@@ -118,17 +121,19 @@ def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelCon
     """A run at step 0.
 
     Raises:
-        RecipeError: model.attention cannot serve on the mesh's device.
+        RecipeError: model.attention or model.kernels cannot serve on the mesh's device.
         DataError: the data set cannot be opened.
     """
     dataset = Dataset.open(recipe.data.path)
     model_config = resolve(recipe.model)
+    kernels = choose_kernels(model_config, mesh.device, DTYPES[recipe.train.precision])
     model, engine = build_engine(recipe, mesh, longest_sample(dataset, model_config))
     return Run(
         recipe=recipe,
         folder=folder,
         model_config=model_config,
         attention=model.attention_backend.name,
+        kernels=kernels,
         content=dataset.info["content"],
         model=model,
         engine=engine,

@@ -14,7 +14,7 @@ from flagdit.train.loop import train
 @pytest.mark.parametrize("asked", ["auto", "sdpa"])
 def test_the_first_line_names_the_backend(tiny, capsys, asked):
     folder = train(tiny(model__attention=asked))
-    assert "fp32, attention sdpa on cpu" in capsys.readouterr().out.splitlines()[0]
+    assert "fp32, attention sdpa, kernels reference on cpu" in capsys.readouterr().out.splitlines()[0]
     assert load_recipe(folder / "recipe.yaml").model.attention == asked
 
 
