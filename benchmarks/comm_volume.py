@@ -28,8 +28,15 @@ from _conditions import write_result
 from _travels import step_traffic
 
 from flagdit.batch import PackedBatch, PackedText, Segment
-from flagdit.config.schema import FlowConfig, GuardConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recipe
-from flagdit.config.schema import TrainConfig
+from flagdit.config.schema import (
+    FlowConfig,
+    GuardConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    TrainConfig,
+)
 from flagdit.flow.objective import FlowMatching
 from flagdit.launch.local import free_port, rank_environment
 from flagdit.launch.processes import run_ranks

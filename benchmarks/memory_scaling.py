@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,9 @@ def measure(largest: int) -> dict[str, int]:
         with tempfile.TemporaryDirectory() as folder:
             out, port = Path(folder), free_port()
             argv = [sys.executable, __file__, "--rank-of", folder, "--largest", str(largest)]
-            run_ranks(argv, world, out / "logs", lambda rank, n=world, port=port: rank_environment(rank, n, port), print)
+            run_ranks(
+                argv, world, out / "logs", lambda rank, n=world, port=port: rank_environment(rank, n, port), print
+            )
             every = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
         found |= {name: max(rank[name] for rank in every) for name in every[0]}
     return found
