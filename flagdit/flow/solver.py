@@ -1,4 +1,4 @@
-"""From noise to data: solvers of dx/dt = v(x, t), t from 0 to 1.
+"""From noise to data: solvers of dx/dt = v(x, t), t from 0, or from a later start, to 1.
 
 Fixed-step Runge–Kutta methods walk a time grid; dopri5 chooses its own steps (torchdiffeq).
 """
@@ -64,6 +64,8 @@ def integrate(
     solver: str,
     steps: int,
     shift: float = 1.0,
+    schedule: str = "linear",
+    start: float = 0.0,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     on_step: Callable[[int], None] | None = None,
@@ -72,27 +74,27 @@ def integrate(
 
     Args:
         velocity: dx/dt.
-        x0: noise.
+        x0: noise; with a later start, x at that time.
         solver: one of SOLVERS. Evaluations a step: euler 1, midpoint and heun 2, rk4 4.
-        steps: intervals of the time grid; dopri5 ignores it.
-        shift: of the time grid, towards noise when above 1; dopri5 ignores it.
+        steps, shift, schedule: of the time grid (`timesteps.time_grid`); dopri5 ignores them.
+        start: time of x0, from 0 to below 1.
         rtol, atol: tolerances of dopri5.
         on_step: called with the number of finished steps (evaluations for dopri5).
 
     Raises:
-        RecipeError: unknown solver.
+        RecipeError: unknown solver or schedule.
     """
     if solver not in SOLVERS:
         raise RecipeError(f"unknown solver {solver!r}", fix=f"Use one of {', '.join(SOLVERS)}.")
     if solver == "dopri5":
-        return _dopri5(velocity, x0, rtol, atol, on_step)
-    tableau = TABLEAUS[solver]
+        return _dopri5(velocity, x0, start, rtol, atol, on_step)
+    tableau, times = TABLEAUS[solver], time_grid(steps, shift, schedule, start)
     x = x0
-    for done, (start, end) in enumerate(pairwise(time_grid(steps, shift)), start=1):
-        x = _runge_kutta_step(velocity, x, start, end - start, tableau)
+    for done, (t, end) in enumerate(pairwise(times), start=1):
+        x = _runge_kutta_step(velocity, x, t, end - t, tableau)
         if on_step:
             on_step(done)
-    return Solution(x, nfe=steps * len(tableau.b))
+    return Solution(x, nfe=(len(times) - 1) * len(tableau.b))
 
 
 def _runge_kutta_step(velocity: Velocity, x: Patches, t: float, h: float, tableau: Tableau) -> Patches:
@@ -111,7 +113,12 @@ def _advance(x: Patches, slopes: list[Patches], weights: tuple[float, ...], h: f
 
 
 def _dopri5(
-    velocity: Velocity, x0: Patches, rtol: float, atol: float, on_step: Callable[[int], None] | None
+    velocity: Velocity,
+    x0: Patches,
+    start: float,
+    rtol: float,
+    atol: float,
+    on_step: Callable[[int], None] | None,
 ) -> Solution:
     from torchdiffeq import odeint
 
@@ -127,6 +134,6 @@ def _dopri5(
         return tuple(v[m] for m in modalities)
 
     state = tuple(x0.values())
-    span = torch.tensor([0.0, 1.0], device=state[0].device)
+    span = torch.tensor([start, 1.0], device=state[0].device)
     ends = odeint(derivative, state, span, method="dopri5", rtol=rtol, atol=atol)
     return Solution({m: path[-1] for m, path in zip(modalities, ends, strict=True)}, nfe)

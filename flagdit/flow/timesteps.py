@@ -12,7 +12,12 @@ from torch import Tensor
 
 from flagdit.batch import PackedBatch
 from flagdit.config.schema import FlowConfig
+from flagdit.errors import RecipeError
 from flagdit.flow.noise import TIMESTEP_STREAM, draw_uniform
+
+SCHEDULES = ("linear", "sigmoid")
+SIGMOID_REACH = 2.5
+"""The sigmoid schedule follows the logistic curve from −2.5 to 2.5: its first step is a third of the middle one."""
 
 
 def shift_time(t: Tensor, shift: Tensor | float) -> Tensor:
@@ -44,7 +49,24 @@ def draw_timesteps(batch: PackedBatch, cfg: FlowConfig, seed: int) -> Tensor:
     return shift_time(u_S, shift_S).float().to(batch.layout.cu_seqlens.device)
 
 
-def time_grid(steps: int, shift: float) -> list[float]:
-    """`steps`+1 times from 0 to 1 for a solver: evenly spaced, then shifted."""
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return shift_time(grid, shift).tolist()
+def time_grid(steps: int, shift: float, schedule: str = "linear", start: float = 0.0) -> list[float]:
+    """Times from `start` to 1 for a solver.
+
+    Args:
+        steps: intervals between 0 and 1; those that end before `start` are left out.
+        shift: applied to the schedule; see `shift_time`.
+        schedule: linear: evenly spaced. sigmoid: small steps near noise and near data, where the velocity of few-step
+            sampling errs most, and large ones between (Next-DiT, arXiv 2406.18583, section 3.1).
+        start: the first time, from 0 to below 1.
+
+    Raises:
+        RecipeError: unknown schedule.
+    """
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if schedule == "sigmoid":
+        edge = torch.sigmoid(torch.tensor(-SIGMOID_REACH, dtype=torch.float64))
+        u = (torch.sigmoid(SIGMOID_REACH * (2 * u - 1)) - edge) / (1 - 2 * edge)
+    elif schedule != "linear":
+        raise RecipeError(f"unknown schedule {schedule!r}", fix=f"Use one of {', '.join(SCHEDULES)}.")
+    # Rounding may leave a step of no length beside the start.
+    return [start, *(t for t in shift_time(u, shift).tolist() if t > start + 1e-9)]

@@ -26,12 +26,12 @@ from flagdit.batch import PackedBatch, PackedText, Patches
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
 from flagdit.model.attention import Context, SelfAttention
-from flagdit.model.attention_backends import AttentionBackend, Pairs, Sdpa
+from flagdit.model.attention_backends import AttentionBackend, Pairs, Sdpa, joined, set_sizes
 from flagdit.model.block import BLOCKS
 from flagdit.model.embed import LabelEmbedder, TextPooler, TimeEmbedder
 from flagdit.model.modality import MODALITIES
 from flagdit.model.ops import block_ops
-from flagdit.model.rope import RopeScaling, build_rotation
+from flagdit.model.rope import RopeScaling, build_rotation, extents
 from flagdit.model.segments import Samples, modulate, runs_of, take_rows
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import modality_of
@@ -60,10 +60,14 @@ class Inference:
         rope: scaling of positions for sizes beyond the trained ones; None: as trained.
         proportional_base: tokens per sample in training. Self-attention logits are multiplied by √log_base(n) for
             samples of n tokens, so that attention over more tokens stays as sharp (arXiv 2306.08645). None: off.
+        sets: sizes of groups of neighbouring samples whose tokens all see each other (shared attention, arXiv
+            2312.02133); the pattern repeats over the pack, so that guidance, which doubles it, keeps its halves apart.
+            Empty: every sample for itself.
     """
 
     rope: RopeScaling | None = None
     proportional_base: int | None = None
+    sets: tuple[int, ...] = ()
 
 
 class FlagDiT(nn.Module):
@@ -162,19 +166,24 @@ class FlagDiT(nn.Module):
     def context(self, t_S: Tensor, batch: PackedBatch, text: PackedText | None, inference: Inference) -> Context:
         """What all blocks share: computed once per forward."""
         layout, attended, whole = batch.layout, batch.attended, batch.share or batch.layout
+        sets = set_sizes(inference.sets, len(t_S))
         temperature_T11 = None
         if inference.proportional_base is not None:
-            factors = [math.sqrt(math.log(n, inference.proportional_base)) for n in whole.seqlens[: len(t_S)]]
-            factor_S = torch.tensor(factors, dtype=self.dtype).to(t_S.device)
+            seen = joined(whole.seqlens[: len(t_S)], sets)
+            factors = [math.sqrt(math.log(n, inference.proportional_base)) for n in seen]
+            factor_S = torch.tensor(factors, dtype=self.dtype).repeat_interleave(torch.tensor(sets)).to(t_S.device)
             temperature_T11 = factor_S[attended.segment_ids][:, None, None]
+        lengths_SA = None
+        if inference.rope is not None:
+            lengths_SA = extents(self.cfg, batch.segments, whole.seqlens[: len(t_S)], t_S.device)
         samples = Samples(runs_of(layout.seqlens), layout.segment_ids)
-        rotation = build_rotation(self.cfg, attended, t_S, inference.rope)
+        rotation = build_rotation(self.cfg, attended, t_S, inference.rope, lengths_SA)
         return Context(
             attention=self.attention_backend,
             self_attention=self.self_attention or self.attention_backend,
             samples=samples,
             ops=block_ops(self.cfg, t_S.device, self.dtype, layout, samples, rotation),
-            self_pairs=Pairs(whole.seqlens, whole.seqlens, whole.cu_seqlens, whole.cu_seqlens),
+            self_pairs=Pairs.within(sets, whole.seqlens, whole.cu_seqlens),
             text_MY=None if text is None else text.features_MY.to(self.dtype),
             text_pairs=None
             if text is None

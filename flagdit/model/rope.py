@@ -12,43 +12,68 @@ A = 2 (row, column) is Next-DiT, and A = 3 adds the frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flagdit.batch import PackLayout
+from flagdit.batch import PackLayout, Segment
 from flagdit.config.schema import ModelConfig
+from flagdit.model.tokens import grid
+
+
+SCALINGS = ("linear", "ntk", "time_aware", "time_switch")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions beyond those seen in training are read.
+    """How positions beyond those seen in training are read, on every axis by its own factor s.
+
+    The frequency of a pair with exponent e (frequency theta^−e) is divided by s^p:
+
+    - linear: p = 1, position interpolation (arXiv 2306.15595): layout as trained, details coarser.
+    - ntk: p = e, that is theta·s: details as trained, and far positions as near as they were.
+    - time_aware: p = min(1, e·d/d_t) with d_t = 1 + (d−1)·t and d channels of an axis (Next-DiT, arXiv 2406.18583,
+      section 2.3): from linear at noise, where the layout forms, to ntk at data, where details do.
+    - time_switch: linear below `watershed`, ntk from it on, as the official code.
 
     Attributes:
-        linear: positions are divided by this (position interpolation, arXiv 2306.15595).
-        ntk: theta is multiplied by this (NTK-aware scaling), which keeps high frequencies as they are.
-        watershed: None: both factors hold at every t. Otherwise time-aware (Next-DiT, arXiv 2406.18583, section 2.3):
-            below this t, where the layout forms, only `linear` holds; from it on, where details form, only `ntk`.
+        method: one of SCALINGS.
+        factor: s of all samples and axes.
+        trained: s is instead the sample's length on the axis over this one, at least 1: tokens of the sample for raster
+            RoPE; patches along (row, column) or (frame, row, column) for axial RoPE.
+        watershed: of time_switch.
     """
 
-    linear: float = 1.0
-    ntk: float = 1.0
-    watershed: float | None = None
+    method: str
+    factor: float = 1.0
+    trained: tuple[int, ...] | None = None
+    watershed: float = 0.3
 
-    @classmethod
-    def time_aware(cls, factor: float, watershed: float) -> RopeScaling:
-        """The same factor on both sides of the watershed, as the official code."""
-        return cls(linear=factor, ntk=factor, watershed=watershed)
+    def factors(self, extents_SA: Tensor) -> Tensor:
+        """(S, A) factors of samples of these lengths."""
+        if self.trained is None:
+            return torch.full_like(extents_SA, self.factor)
+        return (extents_SA / extents_SA.new_tensor(self.trained)).clamp(min=1)
 
-    def factors(self, t_S: Tensor) -> tuple[Tensor, Tensor]:
-        """(S,) fp32 linear and NTK factors of every sample at its t."""
-        linear_S = torch.full_like(t_S, self.linear, dtype=torch.float32)
-        ntk_S = torch.full_like(linear_S, self.ntk)
-        if self.watershed is None:
-            return linear_S, ntk_S
-        early_S = t_S < self.watershed
-        return torch.where(early_S, linear_S, 1.0), torch.where(early_S, 1.0, ntk_S)
+    def powers(self, t_S: Tensor, exponent_R: Tensor, axis_dim: float) -> Tensor:
+        """(S, R) powers p of the factors.
+
+        Args:
+            t_S: (S,) times.
+            exponent_R: (R,) exponents e of the pairs, from 0 to below 1.
+            axis_dim: channels that turn with one axis.
+        """
+        t_S1, exponent_SR = t_S.float()[:, None], exponent_R.expand(len(t_S), -1)
+        if self.method == "linear":
+            return torch.ones_like(exponent_SR)
+        if self.method == "ntk":
+            return exponent_SR
+        if self.method == "time_switch":
+            return torch.where(t_S1 < self.watershed, 1.0, exponent_SR)
+        assert self.method == "time_aware", f"no such scaling: {self.method}"
+        return (exponent_SR * axis_dim / (1 + (axis_dim - 1) * t_S1)).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +107,21 @@ def positions(cfg: ModelConfig, layout: PackLayout) -> Tensor:
     return layout.axes_TA[:, -cfg.rope_axes :]
 
 
-def build_rotation(cfg: ModelConfig, layout: PackLayout, t_S: Tensor, scaling: RopeScaling | None = None) -> Rotation:
+def extents(cfg: ModelConfig, segments: Sequence[Segment], seqlens: Sequence[int], device: torch.device) -> Tensor:
+    """(S, A) length of every sample on each axis that the model's RoPE reads, fp32."""
+    if cfg.rope == "raster":
+        return torch.tensor(seqlens, dtype=torch.float32, device=device)[:, None]
+    grids = [grid(s.shape, s.modality, cfg.patch_size)[-cfg.rope_axes :] for s in segments]
+    return torch.tensor(grids, dtype=torch.float32, device=device)
+
+
+def build_rotation(
+    cfg: ModelConfig,
+    layout: PackLayout,
+    t_S: Tensor,
+    scaling: RopeScaling | None = None,
+    extents_SA: Tensor | None = None,
+) -> Rotation:
     """The rotation of every token, computed once per forward.
 
     Args:
@@ -90,6 +129,7 @@ def build_rotation(cfg: ModelConfig, layout: PackLayout, t_S: Tensor, scaling: R
         layout: positions of the tokens.
         t_S: (S,) times, read by time-aware scaling.
         scaling: for sizes beyond the trained ones; None: as trained.
+        extents_SA: lengths of the samples; wanted with scaling.
     """
     position_TA = positions(cfg, layout).float()
     head_dim, axes = cfg.dim // cfg.num_heads, position_TA.shape[1]
@@ -98,6 +138,8 @@ def build_rotation(cfg: ModelConfig, layout: PackLayout, t_S: Tensor, scaling: R
     position_TR = position_TA[:, pair_R % axes]
     if scaling is None:
         return Rotation.from_angles(position_TR * cfg.rope_theta**-exponent_R)
-    linear_S, ntk_S = scaling.factors(t_S)
-    frequency_SR = (cfg.rope_theta * ntk_S[:, None]) ** -exponent_R / linear_S[:, None]
+    assert extents_SA is not None
+    factor_SR = scaling.factors(extents_SA)[:, pair_R % axes]
+    divisor_SR = factor_SR ** scaling.powers(t_S, exponent_R, head_dim / axes)
+    frequency_SR = cfg.rope_theta**-exponent_R / divisor_SR
     return Rotation.from_angles(position_TR * frequency_SR[layout.segment_ids])

@@ -14,7 +14,17 @@ model.attention, and a stand-in for its package in the tests, which compare ever
 
 from flagdit.model.attention_backends.base import AttentionBackend
 from flagdit.model.attention_backends.choose import BACKENDS, choose_backend, resolve_backend, uncompiled
-from flagdit.model.attention_backends.pairs import Pairs
+from flagdit.model.attention_backends.pairs import Pairs, joined, set_sizes
 from flagdit.model.attention_backends.sdpa import Sdpa
 
-__all__ = ["BACKENDS", "AttentionBackend", "Pairs", "Sdpa", "choose_backend", "resolve_backend", "uncompiled"]
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "Pairs",
+    "Sdpa",
+    "choose_backend",
+    "joined",
+    "resolve_backend",
+    "set_sizes",
+    "uncompiled",
+]

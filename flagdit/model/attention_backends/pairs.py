@@ -1,4 +1,4 @@
-"""Which queries see which keys: those of the same sample.
+"""Which queries see which keys: those of the same sample, or of the same set of neighbouring samples.
 
 Shape legend
     T, U  query tokens and key tokens of the pack
@@ -17,6 +17,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
+from flagdit.errors import RecipeError
 from flagdit.model.segments import runs_of
 
 Range = tuple[int, int]
@@ -55,6 +56,18 @@ class Pairs:
         offsets = [torch.tensor([0, *accumulate(lens)], dtype=torch.int32) for lens in (seqlens_q, seqlens_k)]
         return cls(tuple(seqlens_q), tuple(seqlens_k), offsets[0].to(device), offsets[1].to(device))
 
+    @classmethod
+    def within(cls, sets: tuple[int, ...], seqlens: tuple[int, ...], cu_seqlens: Tensor) -> Pairs:
+        """Self-attention inside sets of so many neighbouring samples each: to attention a set is one long sample.
+
+        Samples beyond the sets, such as the padding of a pack, are sets of their own.
+        """
+        sets = sets + (1,) * (len(seqlens) - sum(sets))
+        if len(sets) < len(seqlens):
+            cu_seqlens = cu_seqlens[list(accumulate(sets, initial=0))]
+            seqlens = joined(seqlens, sets)
+        return cls(seqlens, seqlens, cu_seqlens, cu_seqlens)
+
     @cached_property
     def live(self) -> Live:
         """The samples that have both queries and keys; computed once for all layers."""
@@ -79,6 +92,24 @@ class Pairs:
         """Runs of neighbouring samples with equally many queries and equally many keys."""
         lens = zip(self.seqlens_q, self.seqlens_k, strict=True)
         return [Block(len(list(run)), *key) for key, run in groupby(lens)]
+
+
+def set_sizes(pattern: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Sizes of the sets of `count` samples, the pattern repeated; empty: every sample is a set.
+
+    Raises:
+        RecipeError: the pattern does not fit.
+    """
+    pattern = pattern or (1,)
+    if min(pattern) < 1 or count % sum(pattern):
+        raise RecipeError(f"sets of {', '.join(map(str, pattern))} samples do not make up the {count} of the pack")
+    return pattern * (count // sum(pattern))
+
+
+def joined(seqlens: tuple[int, ...], sets: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens of every set."""
+    ends = accumulate(sets)
+    return tuple(sum(seqlens[end - size : end]) for end, size in zip(ends, sets, strict=True))
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,8 @@ def guided(golden, inference: Inference):
 
 def inference_of(golden) -> tuple[str, Inference]:
     if golden.is_next:
-        return "cfg_scale4_time_aware", Inference(RopeScaling.time_aware(2.0, watershed=0.3), proportional_base=16)
-    return "cfg_scale4_ntk2_prop", Inference(RopeScaling(ntk=2.0), proportional_base=16)
+        return "cfg_scale4_time_aware", Inference(RopeScaling("time_switch", 2.0, watershed=0.3), proportional_base=16)
+    return "cfg_scale4_ntk2_prop", Inference(RopeScaling("ntk", 2.0), proportional_base=16)
 
 
 @torch.no_grad()
