@@ -249,11 +249,37 @@ class SampleConfig:
         choices=("euler", "midpoint", "heun", "rk4", "dopri5"),
     )
     steps: int = key(60, "Solver steps (intervals); ignored by dopri5.", at_least=1)
+    schedule: str = key(
+        "linear",
+        "Time grid: linear, or sigmoid (small steps near noise and near data, for few steps).",
+        choices=("linear", "sigmoid"),
+    )
     shift: float = key(1.0, "Shift of the time grid towards noise.", at_least=0)
+    shift_tokens: int = key(
+        0, "Tokens at which `shift` holds; it grows with √tokens. 0: the same for every size.", at_least=0
+    )
     guidance: float = key(4.0, "Classifier-free guidance scale; 1: off.", at_least=0)
+    guidance_interval: Numbers = key([0.0, 1.0], "Times from which to which there is guidance; t = 1 is data.")
+    guidance_rescale: float = key(
+        0.0, "Share by which guided velocities take the deviation of unguided ones, against overexposure.", at_least=0
+    )
+    guidance_reuse: int = key(
+        1, "The unconditional half runs once in so many evaluations and is used again between.", at_least=1
+    )
     guidance_channels: int = key(0, "Latent channels that are guided; 0: all, 3: as the official code.", at_least=0)
     seed: int = key(0, "Seed of the sampling noise.", at_least=0)
     ema: int = key(0, "Which of train.ema_decays to sample from; -1: the raw weights.", at_least=-1)
+    train_size: Optional[str] = key(
+        None, "WIDTHxHEIGHT of the largest training samples: larger ones are read by `scaling`; null: never."
+    )
+    train_frames: int = key(1, "With train_size: the most frames or views in training.", at_least=1)
+    scaling: str = key(
+        "time_aware",
+        "Positions beyond train_size: none, linear, ntk, time_aware (linear to ntk), time_switch (official).",
+        choices=("none", "linear", "ntk", "time_aware", "time_switch"),
+    )
+    watershed: float = key(0.3, "Time at which time_switch goes from linear to ntk.", at_least=0)
+    proportional: bool = key(True, "With train_size: keep attention over more tokens as sharp as in training.")
     rtol: float = key(1e-5, "Relative tolerance of dopri5.", at_least=0)
     atol: float = key(1e-5, "Absolute tolerance of dopri5.", at_least=0)
 

@@ -286,11 +286,12 @@ def _positive(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _sample_size(recipe: Recipe) -> Iterator[Problem]:
-    try:
-        width, height = parse_size(recipe.sample.size)
-    except RecipeError as error:
-        yield Problem(("sample.size",), f"sample.size={error}".rstrip("."))
-        return
+    for name, size in (("train_size", recipe.sample.train_size), ("size", recipe.sample.size)):
+        try:
+            width, height = parse_size(size) if size is not None else (0, 0)
+        except RecipeError as error:
+            yield Problem((f"sample.{name}",), f"sample.{name}={error}".rstrip("."))
+            return
     factor = _codec_factor(recipe)
     if not factor or recipe.sample.modality == "audio":
         return
@@ -301,6 +302,19 @@ def _sample_size(recipe: Recipe) -> Iterator[Problem]:
             ("sample.size", "model.patch_size", "codec.factor", "codec.kind"),
             f"sample.size={recipe.sample.size} must be a multiple of {unit} pixels ({because}); "
             f"try {sizes_near(width, height, unit)}",
+        )
+
+
+def _guidance(recipe: Recipe) -> Iterator[Problem]:
+    s = recipe.sample
+    if len(s.guidance_interval) != 2 or not 0 <= s.guidance_interval[0] <= s.guidance_interval[1] <= 1:
+        yield Problem(
+            ("sample.guidance_interval",),
+            f"sample.guidance_interval={s.guidance_interval} must be two rising times from 0 to 1",
+        )
+    if s.guidance_rescale > 1:
+        yield Problem(
+            ("sample.guidance_rescale",), f"sample.guidance_rescale={s.guidance_rescale:g} must be a share up to 1"
         )
 
 
@@ -335,4 +349,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _grids,
     _positive,
     _sample_size,
+    _guidance,
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flagdit.batch import PackedBatch
-from flagdit.config.schema import FlowConfig
+from flagdit.config.schema import FlowConfig, SampleConfig
 from flagdit.errors import RecipeError
 from flagdit.flow.noise import TIMESTEP_STREAM, draw_uniform
 
@@ -26,7 +26,7 @@ def shift_time(t: Tensor, shift: Tensor | float) -> Tensor:
     return t / (t + shift - shift * t)
 
 
-def shift_of(num_tokens: int, cfg: FlowConfig) -> float:
+def shift_of(num_tokens: int, cfg: FlowConfig | SampleConfig) -> float:
     """The shift for a sample of that many tokens.
 
     More tokens mean more redundancy, so the same t hides less of the picture: the shift grows with √tokens

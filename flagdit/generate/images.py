@@ -1,4 +1,4 @@
-"""Pixels to picture files.
+"""Pixels to picture files and back.
 
 Shape legend: C = 3 colours, F frames or views, H rows, W columns.
 """
@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flagdit.errors import RecipeError
+from flagdit.data_pipelines.pictures import decode_picture, resize_cover
+from flagdit.errors import DataError, RecipeError
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 128
@@ -27,6 +29,42 @@ def to_image(pixels_CFHW: Tensor) -> Image.Image:
     row_CHW = pixels_CFHW.permute(0, 2, 1, 3).reshape(c, h, f * w)
     levels = ((row_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def load_image(file: Path, size: tuple[int, int] | None = None, multiple: int = 1) -> Tensor:
+    """A picture file → pixels (3, 1, H, W) in [−1, 1]; transparency becomes white.
+
+    Args:
+        file: PNG, JPEG or WebP.
+        size: (width, height): the picture is scaled to cover it and cut around the centre. None: its own, cut to
+            multiples of `multiple`.
+
+    Raises:
+        RecipeError: no such file, or not a picture.
+    """
+    picture = _read(file)
+    width, height = size or tuple(max(side // multiple, 1) * multiple for side in picture.size)
+    levels = torch.from_numpy(np.array(resize_cover(picture, width, height)))
+    return levels.permute(2, 0, 1)[:, None].float() / 127.5 - 1
+
+
+def load_mask(file: Path, size: tuple[int, int]) -> Tensor:
+    """A picture file → (1, H, W) bool of that (width, height): True where it is brighter than half.
+
+    Raises:
+        RecipeError: no such file, or not a picture.
+    """
+    grey = resize_cover(_read(file), *size).convert("L")
+    return torch.from_numpy(np.array(grey))[None] > 127
+
+
+def _read(file: Path) -> Image.Image:
+    try:
+        return decode_picture(file.read_bytes())
+    except OSError as error:
+        raise RecipeError(f"the picture cannot be read: {error.strerror}", where=str(file)) from error
+    except DataError as error:
+        raise RecipeError(f"the picture cannot be read: {error}", where=str(file)) from error
 
 
 def grid(

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flagdit.batch import PackedText, Segment
+from flagdit.batch import PackedBatch, PackedText, Segment
 from flagdit.checkpoint import store
 from flagdit.codecs.latents import Codec, build_codec
 from flagdit.codecs.text import TextEncoder, build_text_encoder
@@ -26,8 +26,9 @@ from flagdit.config.schema import Recipe, SampleConfig
 from flagdit.config.validate import parse_size, sizes_near
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.guidance import guided_velocity
-from flagdit.flow.noise import draw_noise
-from flagdit.flow.solver import integrate
+from flagdit.flow.solver import Velocity
+from flagdit.generate.inference import InferenceAt, inference_for
+from flagdit.generate.solve import Start, solve
 from flagdit.model.attention_backends import choose_backend
 from flagdit.model.flag_dit import FlagDiT, Inference
 from flagdit.model.tokens import TokenSpec, modality_of, num_tokens, pack, unpack
@@ -93,7 +94,8 @@ class Pipeline:
         *,
         sizes: Sequence[tuple[int, int]] | None = None,
         first_id: int = 0,
-        inference: Inference | None = None,
+        inference: Inference | InferenceAt | None = None,
+        start: Start | None = None,
         pack_tokens: int = 16384,
         on_step: Progress | None = None,
     ) -> list[Tensor]:
@@ -106,8 +108,10 @@ class Pipeline:
             cfg: size, solver, guidance and seed.
             sizes: (width, height) in pixels for each condition; None: cfg.size for all.
             first_id: id of the first sample, the others follow; ids decide the noise.
-            inference: settings of the model's forward.
-            pack_tokens: most tokens of one pack, both halves of guidance counted.
+            inference: settings of the model's forward, or a function that gives those of a time; None: as cfg's
+                train_size and scaling say.
+            start: what to start from, one latent per condition; None: noise.
+            pack_tokens: most tokens of one pack, both halves of guidance counted; sets that share attention stay whole.
             on_step: told about the solver's progress.
 
         Returns:
@@ -116,25 +120,87 @@ class Pipeline:
         Raises:
             RecipeError: a size, a number of frames or a condition that the model cannot make.
         """
-        spec = TokenSpec.from_model(self.model.cfg)
         sizes = sizes or [parse_size(cfg.size)] * len(conditions)
         shapes = [self.latent_shape(size, cfg.frames, cfg.modality) for size in sizes]
         segments = [Segment(first_id + i, cfg.modality, shape) for i, shape in enumerate(shapes)]
-        halves = 1 if cfg.guidance == 1 else 2
-        costs = [halves * num_tokens(s.shape, s.modality, spec) for s in segments]
-        features, labels = self._features(conditions), self._labels(conditions)
+        inference = self.inference(cfg) if inference is None else inference
+        features, labels = self.features(conditions), self.labels(conditions)
         pixels: list[Tensor] = []
-        for part in split(costs, pack_tokens):
-            latents = self._sample(
-                segments[part],
-                None if features is None else PackedText.pack(features[part]),
-                None if labels is None else labels[part],
+        for part in self._parts(
+            segments, cfg, pack_tokens, whole=not isinstance(inference, Inference) or inference.sets
+        ):
+            batch = self.batch(segments[part], features and features[part], labels and labels[part])
+            latents = self.solve(
+                self.velocity(batch, cfg, inference),
+                batch,
                 cfg,
-                inference,
+                start and start[part],
                 None if on_step is None else partial(on_step, finished=len(pixels)),
             )
-            pixels += [self.codec.decode(latent.float()).clamp(-1, 1).cpu() for latent in latents]
+            pixels += [self.decode(latent) for latent in latents]
         return pixels
+
+    def inference(self, cfg: SampleConfig) -> Inference:
+        """The settings for sizes beyond `cfg.train_size`.
+
+        Raises:
+            RecipeError: a train_size that the model cannot make.
+        """
+        if cfg.train_size is None:
+            return Inference()
+        trained = self.latent_shape(parse_size(cfg.train_size), cfg.train_frames, cfg.modality)
+        return inference_for(self.model.cfg, cfg, trained)
+
+    def batch(
+        self, segments: Sequence[Segment], features: Sequence[Tensor] | None, labels: Sequence[int] | None
+    ) -> PackedBatch:
+        """A pack without data, on the model's device."""
+        text = None if features is None else PackedText.pack(features)
+        return pack(segments, None, self.spec, text=text, labels=labels).to(next(self.model.parameters()).device)
+
+    def velocity(self, batch: PackedBatch, cfg: SampleConfig, inference: Inference | InferenceAt) -> Velocity:
+        """The guided velocity of a pack."""
+        return guided_velocity(
+            self.model,
+            batch,
+            scale=cfg.guidance,
+            channels=cfg.guidance_channels,
+            interval=cfg.guidance_interval,
+            rescale=cfg.guidance_rescale,
+            reuse=cfg.guidance_reuse,
+            null_text_LY=self.null_text_LY,
+            null_label=self.model.cfg.num_classes,
+            inference=inference,
+        )
+
+    # Not inference mode: what it makes may live on in caches that training shares.
+    @torch.no_grad()
+    def solve(
+        self,
+        velocity: Velocity,
+        batch: PackedBatch,
+        cfg: SampleConfig,
+        start: Start | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """Latents (C, F, H, W) of a pack's samples, at the end of the flow."""
+        return unpack(solve(velocity, batch, self.spec, cfg, start, on_step).x, batch.segments, self.spec)
+
+    def decode(self, latent_CFHW: Tensor) -> Tensor:
+        """Pixels (3, F, H, W) in [−1, 1], fp32 on the CPU."""
+        return self.codec.decode(latent_CFHW.float()).clamp(-1, 1).cpu()
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec.from_model(self.model.cfg)
+
+    def _parts(self, segments: Sequence[Segment], cfg: SampleConfig, pack_tokens: int, whole: object) -> list[slice]:
+        """Samples that run in one pack: all where they share attention; of one length where that sets the shift."""
+        if whole:
+            return [slice(0, len(segments))]
+        lengths = [num_tokens(s.shape, s.modality, self.spec) for s in segments]
+        halves = 1 if cfg.guidance == 1 else 2
+        return split([halves * n for n in lengths], pack_tokens, lengths if cfg.shift_tokens else None)
 
     def latent_shape(self, size: tuple[int, int], frames: int, modality: str) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latent for a size in pixels.
@@ -165,7 +231,7 @@ class Pipeline:
             )
         return (cfg.modalities[modality], frames, height // self.codec.factor, width // self.codec.factor)
 
-    def _features(self, conditions: Sequence[Condition]) -> list[Tensor] | None:
+    def features(self, conditions: Sequence[Condition]) -> list[Tensor] | None:
         """(L, Y) text features of every prompt; None for models without text."""
         if self.text_encoder is None:
             return None
@@ -174,7 +240,7 @@ class Pipeline:
             raise RecipeError("this model follows prompts, not class ids", fix="Give --prompt instead of --label.")
         return self.text_encoder.encode(prompts)
 
-    def _labels(self, conditions: Sequence[Condition]) -> list[int] | None:
+    def labels(self, conditions: Sequence[Condition]) -> list[int] | None:
         """Class ids; None for models without classes."""
         classes = self.model.cfg.num_classes
         if not classes:
@@ -186,41 +252,6 @@ class Pipeline:
                     fix="Give --label with such an id.",
                 )
         return [int(c) for c in conditions]
-
-    # Not inference mode: what it makes may live on in caches that training shares.
-    @torch.no_grad()
-    def _sample(
-        self,
-        segments: Sequence[Segment],
-        text: PackedText | None,
-        labels: Sequence[int] | None,
-        cfg: SampleConfig,
-        inference: Inference | None,
-        on_step: Callable[[int], None] | None,
-    ) -> list[Tensor]:
-        """Latents of one pack."""
-        spec = TokenSpec.from_model(self.model.cfg)
-        batch = pack(segments, None, spec, text=text, labels=labels).to(next(self.model.parameters()).device)
-        velocity = guided_velocity(
-            self.model,
-            batch,
-            scale=cfg.guidance,
-            channels=cfg.guidance_channels,
-            null_text_LY=self.null_text_LY,
-            null_label=self.model.cfg.num_classes,
-            inference=inference,
-        )
-        solution = integrate(
-            velocity,
-            draw_noise(batch, cfg.seed),
-            solver=cfg.solver,
-            steps=cfg.steps,
-            shift=cfg.shift,
-            rtol=cfg.rtol,
-            atol=cfg.atol,
-            on_step=on_step,
-        )
-        return unpack(solution.x, segments, spec)
 
 
 def load_pipeline(
@@ -303,13 +334,13 @@ def weights_group(recipe: Recipe, ema: int) -> str:
     return f"ema_{decays[ema]}"
 
 
-def split(costs: Sequence[int], budget: int) -> list[slice]:
-    """Neighbours together as long as they fit the budget; at least one each."""
+def split(costs: Sequence[int], budget: int, kinds: Sequence[int] | None = None) -> list[slice]:
+    """Neighbours together as long as they fit the budget and are of one kind; at least one each."""
     if not costs:
         return []
     parts, start, total = [], 0, 0
     for i, cost in enumerate(costs):
-        if i > start and total + cost > budget:
+        if i > start and (total + cost > budget or (kinds is not None and kinds[i] != kinds[start])):
             parts.append(slice(start, i))
             start, total = i, 0
         total += cost

@@ -22,7 +22,6 @@ from flagdit.batch import PackLayout, Segment
 from flagdit.config.schema import ModelConfig
 from flagdit.model.tokens import grid
 
-
 SCALINGS = ("linear", "ntk", "time_aware", "time_switch")
 
 

@@ -9,6 +9,7 @@ from flagdit.batch import PackedText, Segment
 from flagdit.errors import RecipeError
 from flagdit.flow.guidance import guided_velocity
 from flagdit.flow.solver import integrate
+from flagdit.flow.timesteps import time_grid
 from flagdit.model.tokens import TokenSpec, pack
 
 MEAN, STD = 0.7, 0.3
@@ -35,14 +36,46 @@ def curved_velocity(x, t):
     return {m: math.pi / 2 * b * MEAN + slope * (v - a * MEAN) for m, v in x.items()}
 
 
-def error(solver, steps, shift=1.0, velocity=gaussian_velocity):
-    return (integrate(velocity, NOISE, solver=solver, steps=steps, shift=shift).x["image"] - EXACT).abs().max()
+def error(solver, steps, shift=1.0, velocity=gaussian_velocity, **grid):
+    return (integrate(velocity, NOISE, solver=solver, steps=steps, shift=shift, **grid).x["image"] - EXACT).abs().max()
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_order_of_convergence(solver, order):
     coarse, fine = (error(solver, steps, velocity=curved_velocity) for steps in (32, 64))
     assert abs(math.log2(coarse / fine) - order) < 0.25
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+def test_order_of_convergence_on_the_sigmoid_schedule(solver, order):
+    coarse, fine = (error(solver, steps, velocity=curved_velocity, schedule="sigmoid") for steps in (32, 64))
+    assert abs(math.log2(coarse / fine) - order) < 0.25
+
+
+def test_the_sigmoid_schedule_has_small_steps_at_both_ends():
+    times = torch.tensor(time_grid(10, 1.0, "sigmoid"))
+    steps = times.diff()
+    assert times[0] == 0 and abs(times[-1] - 1) < 1e-12 and (steps > 0).all()
+    torch.testing.assert_close(steps, steps.flip(0))
+    assert (steps[1:5] > steps[:4]).all() and 2.5 < steps[4] / steps[0] < 4
+
+
+def test_a_later_start_follows_the_same_grid_from_there():
+    assert time_grid(4, 1.0, start=0.5) == [0.5, 0.75, 1.0]
+    assert time_grid(4, 1.0, start=0.4) == [0.4, 0.5, 0.75, 1.0]
+    assert time_grid(4, 1.0, start=0.9) == [0.9, 1.0]
+    whole = time_grid(10, 3.0, "sigmoid")
+    assert time_grid(10, 3.0, "sigmoid", start=whole[6]) == whole[6:]
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_starting_between_noise_and_data(solver):
+    """x_t of the Gaussian flow is t·MEAN + √variance·x0: from it the end is the same as from noise."""
+    t = 0.35
+    on_the_way = {"image": t * MEAN + math.sqrt((t * STD) ** 2 + (1 - t) ** 2) * NOISE["image"]}
+    solution = integrate(gaussian_velocity, on_the_way, solver=solver, steps=100, start=t)
+    assert (solution.x["image"] - EXACT).abs().max() < 1e-4
+    assert solver == "dopri5" or solution.nfe == 65 * 4, "steps before the start are left out"
 
 
 @pytest.mark.parametrize("solver", ["midpoint", "heun", "rk4"])
@@ -81,6 +114,8 @@ def test_dopri5_meets_its_tolerance():
 def test_unknown_solver_names_the_known_ones():
     with pytest.raises(RecipeError, match="euler, midpoint"):
         integrate(gaussian_velocity, NOISE, solver="magic", steps=2)
+    with pytest.raises(RecipeError, match="linear, sigmoid"):
+        integrate(gaussian_velocity, NOISE, solver="euler", steps=2, schedule="magic")
 
 
 SPEC = TokenSpec(2, True, False)
