@@ -5,15 +5,20 @@ Shape legend: C, F, H, W  channels, frames or views, rows, columns of pixels or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flagdit.config.schema import SampleConfig
+from flagdit.config.validate import parse_size
 from flagdit.errors import RecipeError
-from flagdit.generate.pipeline import Condition, Pipeline, Progress
+from flagdit.generate.images import check_name, load_image, load_mask
+from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
+from flagdit.generate.sample import settings_of, steps_shown, write
 from flagdit.generate.solve import Start
 
 
@@ -80,6 +85,65 @@ def edit(
         return drawn
     # A latent covers several pixels, and an autoencoder loses a little: what is not masked comes from the picture.
     return [torch.where(m[None], new, old) for m, new, old in zip(masks, drawn, pictures, strict=True)]
+
+
+def edit_file(
+    run_dir: Path,
+    picture: Path,
+    prompt: str,
+    out: Path,
+    *,
+    strength: float = 0.6,
+    mask: Path | None = None,
+    style: Path | None = None,
+    size: str | None = None,
+    repeat: int = 1,
+    step: int | None = None,
+    ema: int | None = None,
+    separate: bool = False,
+    preset_name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """`flagdit edit`: a picture file anew.
+
+    Args:
+        run_dir: the run folder.
+        picture: the file. Without `size` it is cut to sides that the model can make.
+        prompt: what it shall become.
+        out: picture file to write.
+        strength: see `edit`.
+        mask: a picture, white where to draw.
+        style: a picture whose statistics to take.
+        size: "WIDTHxHEIGHT" to scale the picture to first.
+        repeat: versions, from different noise.
+        step, ema, separate, preset_name, settings: as for `sample.sample_to_files`.
+
+    Returns:
+        The files.
+
+    Raises:
+        RecipeError: files, sizes or settings that cannot be met.
+        CheckpointError: the run cannot be read.
+    """
+    check_name(out)
+    pipeline = load_pipeline(run_dir, step=step, ema=ema)
+    cfg = settings_of(pipeline.recipe, preset_name, settings)
+    unit = pipeline.codec.factor * pipeline.spec.patch_size
+    pixels = load_image(picture, parse_size(size) if size else None, unit)
+    where = None if mask is None else [load_mask(mask, (pixels.shape[3], pixels.shape[2]))] * repeat
+    styled = None if style is None else load_image(style, multiple=pipeline.codec.factor)
+    with steps_shown("editing", repeat, max(round(cfg.steps * strength), 1)) as on_step:
+        drawn = edit(
+            pipeline,
+            [pixels] * repeat,
+            [prompt] * repeat,
+            cfg,
+            strength=strength,
+            masks=where,
+            style=styled,
+            on_step=on_step,
+        )
+    return write(drawn, out, separate=separate, captions=None)
 
 
 def latent_mask(mask_FHW: Tensor, factor: int) -> Tensor:

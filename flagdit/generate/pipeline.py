@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.guidance import guided_velocity
 from flagdit.flow.solver import Velocity
 from flagdit.generate.inference import InferenceAt, inference_for
+from flagdit.generate.mesh import place
 from flagdit.generate.solve import Start, solve
 from flagdit.model.attention_backends import choose_backend
 from flagdit.model.flag_dit import FlagDiT, Inference
 from flagdit.model.tokens import TokenSpec, modality_of, num_tokens, pack, unpack
+from flagdit.parallel.mesh import ParallelContext
 
 Condition = str | int
 """What to make: a prompt, or a class id for class-conditioned models (its digits as text will do)."""
@@ -94,6 +96,7 @@ class Pipeline:
         *,
         sizes: Sequence[tuple[int, int]] | None = None,
         first_id: int = 0,
+        ids: Sequence[int] | None = None,
         inference: Inference | InferenceAt | None = None,
         start: Start | None = None,
         pack_tokens: int = 16384,
@@ -108,6 +111,7 @@ class Pipeline:
             cfg: size, solver, guidance and seed.
             sizes: (width, height) in pixels for each condition; None: cfg.size for all.
             first_id: id of the first sample, the others follow; ids decide the noise.
+            ids: of all samples, where they do not follow each other.
             inference: settings of the model's forward, or a function that gives those of a time; None: as cfg's
                 train_size and scaling say.
             start: what to start from, one latent per condition; None: noise.
@@ -122,7 +126,8 @@ class Pipeline:
         """
         sizes = sizes or [parse_size(cfg.size)] * len(conditions)
         shapes = [self.latent_shape(size, cfg.frames, cfg.modality) for size in sizes]
-        segments = [Segment(first_id + i, cfg.modality, shape) for i, shape in enumerate(shapes)]
+        ids = range(first_id, first_id + len(shapes)) if ids is None else ids
+        segments = [Segment(i, cfg.modality, shape) for i, shape in zip(ids, shapes, strict=True)]
         inference = self.inference(cfg) if inference is None else inference
         features, labels = self.features(conditions), self.labels(conditions)
         pixels: list[Tensor] = []
@@ -255,7 +260,12 @@ class Pipeline:
 
 
 def load_pipeline(
-    run_dir: str | Path, *, step: int | None = None, ema: int | None = None, device: torch.device | str | None = None
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    ema: int | None = None,
+    device: torch.device | str | None = None,
+    mesh: ParallelContext | None = None,
 ) -> Pipeline:
     """The model of a run, ready to sample.
 
@@ -264,6 +274,7 @@ def load_pipeline(
         step: of the checkpoint; None: the newest.
         ema: which of train.ema_decays; −1: the raw weights; None: as the recipe's sample.ema says.
         device: None: as the recipe's train.device says, the CPU where there is no GPU.
+        mesh: ranks that draw together; None: this process alone.
 
     Raises:
         CheckpointError: no run, no checkpoint, or a damaged one.
@@ -288,6 +299,8 @@ def load_pipeline(
             where=str(run_dir),
             fix="Restore the recipe.yaml that the run was trained with.",
         ) from None
+    if mesh is not None and mesh.world > 1:
+        return Pipeline.build(cast(FlagDiT, place(recipe, weights, mesh, dtype)), recipe)
     model = model.to(device, dtype).eval().requires_grad_(False)
     # The backend of the training run, if this machine has it.
     head_dim = model.cfg.dim // model.cfg.num_heads

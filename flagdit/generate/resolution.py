@@ -74,8 +74,9 @@ def upscale(
     for i, (condition, plan) in enumerate(zip(conditions, plans, strict=True)):
         picture: Tensor | None = None
         for size in plan:
-            enlarged = None if picture is None else [pipeline.codec.encode(resize(picture, size))]
-            start = enlarged and Start(enlarged, strength)
+            start = None
+            if picture is not None:
+                start = Start([pipeline.codec.encode(resize(picture, size))], strength)
             (picture,) = pipeline.generate(
                 [condition], cfg, sizes=[size], first_id=first_id + i, start=start, on_step=on_step
             )

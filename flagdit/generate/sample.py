@@ -6,13 +6,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flagdit.config.validate import parse_size
+from torch import Tensor
+
+from flagdit.config.schema import Recipe, SampleConfig
+from flagdit.config.validate import parse_size, problems_of, raise_problems
 from flagdit.errors import RecipeError
+from flagdit.generate.draw import Way, draw
 from flagdit.generate.images import check_name, grid, save_image, to_image, zoom_for
-from flagdit.generate.pipeline import Condition, Progress, load_pipeline
+from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
+from flagdit.generate.presets import preset
+from flagdit.parallel.mesh import ParallelContext
 
 
 def sample_to_files(
@@ -26,7 +33,10 @@ def sample_to_files(
     ema: int | None = None,
     separate: bool = False,
     captions: bool = False,
+    way: Way | None = None,
+    preset_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    mesh: ParallelContext | None = None,
 ) -> list[Path]:
     """Samples from a run and writes pictures.
 
@@ -39,7 +49,10 @@ def sample_to_files(
         step, ema: which weights; see `load_pipeline`.
         separate: a file for each picture, at its own size, instead of one sheet that enlarges small ones.
         captions: write each condition under its picture, on the sheet.
+        way: how they are drawn; None: each by itself.
+        preset_name: settings by name; see `presets`.
         settings: keys of the recipe's `sample` block that replace its values; None leaves one as it is.
+        mesh: ranks that draw together; all of them call this, and the first writes. None: this process alone.
 
     Returns:
         The files.
@@ -49,33 +62,90 @@ def sample_to_files(
         CheckpointError: the run cannot be read.
     """
     check_name(out)
-    pipeline = load_pipeline(run_dir, step=step, ema=ema)
-    model = pipeline.model.cfg
-    cfg = replace(pipeline.recipe.sample, **{k: v for k, v in (settings or {}).items() if v is not None})
-    conditions = list(conditions) or list(cfg.prompts) or ([] if model.text_dim or model.num_classes else [""])
-    if not conditions:
-        raise RecipeError("there is nothing to sample", fix="Give --prompt, --prompt-file or --label.")
-    if len(sizes) > 1 and len(sizes) != len(conditions):
+    way = way or Way()
+    way.check()
+    mesh = mesh or ParallelContext()
+    if mesh.data.size > 1:
         raise RecipeError(
-            f"{len(sizes)} sizes for {len(conditions)} prompts",
-            where="--size",
-            fix="Give one for all, or one for each.",
+            f"{mesh.data.size} ranks would draw the same", fix="Give --out-dir, or raise --tensor or --context."
         )
-    given = [parse_size(text) for text in sizes or [cfg.size]]
-    each = given if len(given) == len(conditions) else given * len(conditions)
-    conditions = [c for c in conditions for _ in range(repeat)]
-    each = [size for size in each for _ in range(repeat)]
-    with steps_shown("sampling", len(conditions), cfg.steps) as on_step:
-        pixels = pipeline.generate(conditions, cfg, sizes=each, on_step=on_step)
+    pipeline = load_pipeline(run_dir, step=step, ema=ema, mesh=mesh)
+    cfg = settings_of(pipeline.recipe, preset_name, settings)
+    conditions = _conditions(pipeline, conditions, cfg, way)
+    each = _sizes(sizes or [cfg.size], len(conditions))
+    if way.one_picture or way.share is not None:  # a repetition is another picture or set of all conditions
+        rounds = [(conditions, each, i * len(conditions)) for i in range(repeat)]
+    else:
+        rounds = [([c for c in conditions for _ in range(repeat)], [s for s in each for _ in range(repeat)], 0)]
+    pixels: list[Tensor] = []
+    with steps_shown("sampling", sum(len(c) or 1 for c, _, _ in rounds), cfg.steps) as on_step:
+        for round_conditions, round_sizes, first_id in rounds:
+            told = on_step and partial(_after, on_step, len(pixels))
+            pixels += draw(pipeline, round_conditions, cfg, way, sizes=round_sizes, first_id=first_id, on_step=told)
+    # A picture of several conditions has them all under it.
+    texts = [str(c) for r in rounds for c in r[0]]
+    if way.one_picture:
+        texts = [" · ".join(map(str, r[0])) for r in rounds]
+    if not mesh.is_first:
+        return []
+    return write(pixels, out, separate=separate, captions=texts if captions else None)
+
+
+def write(pixels: Sequence[Tensor], out: Path, *, separate: bool, captions: Sequence[str] | None) -> list[Path]:
+    """One sheet that enlarges small pictures, or a file for each picture with its number in the name.
+
+    Raises:
+        RecipeError: a file cannot be written.
+    """
     images = [to_image(p) for p in pixels]
     if not separate:
-        texts = [str(c) for c in conditions] if captions else None
-        save_image(grid(images, zoom=zoom_for(images), gap=4, captions=texts), out)
+        save_image(grid(images, zoom=zoom_for(images), gap=4, captions=captions), out)
         return [out]
     files = [out.with_name(f"{out.stem}_{i:04d}{out.suffix}") for i in range(len(images))]
     for image, file in zip(images, files, strict=True):
         save_image(image, file)
     return files
+
+
+def settings_of(recipe: Recipe, preset_name: str | None, settings: Mapping[str, Any] | None) -> SampleConfig:
+    """The recipe's `sample` block with a preset over it and given settings over both.
+
+    Raises:
+        RecipeError: an unknown preset, or values that the recipe could not hold either.
+    """
+    given = {k: v for k, v in (settings or {}).items() if v is not None}
+    if isinstance(given.get("train_size"), str) and given["train_size"].isdecimal():
+        given["train_size"] = "x".join([given["train_size"]] * 2)
+    changed = replace(recipe.sample, **{**(preset(preset_name) if preset_name else {}), **given})
+    raise_problems(problems_of(replace(recipe, sample=changed)), recipe.name)
+    return changed
+
+
+def _conditions(
+    pipeline: Pipeline, conditions: Sequence[Condition], cfg: SampleConfig, way: Way
+) -> Sequence[Condition]:
+    model = pipeline.model.cfg
+    if conditions or way.regions:
+        return list(conditions)
+    found: list[Condition] = list(cfg.prompts) or ([] if model.text_dim or model.num_classes else [""])
+    if not found:
+        raise RecipeError("there is nothing to sample", fix="Give --prompt, --prompt-file or --label.")
+    return found
+
+
+def _sizes(sizes: Sequence[str], count: int) -> list[tuple[int, int]]:
+    if len(sizes) > 1 and len(sizes) != count:
+        raise RecipeError(
+            f"{len(sizes)} sizes for {count} prompts",
+            where="--size",
+            fix="Give one for all, or one for each.",
+        )
+    given = [parse_size(text) for text in sizes]
+    return given if len(given) == count else given * max(count, 1)
+
+
+def _after(on_step: Progress, before: int, step: int, *, finished: int) -> None:
+    on_step(step, finished=before + finished)
 
 
 def read_prompts(file: Path) -> list[str]:
