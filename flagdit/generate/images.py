@@ -42,7 +42,12 @@ def load_image(file: Path, size: tuple[int, int] | None = None, multiple: int = 
     Raises:
         RecipeError: no such file, or not a picture.
     """
-    picture = _read(file)
+    return pixels_of(_read(file), str(file), size, multiple)
+
+
+def pixels_of(content: bytes, name: str, size: tuple[int, int] | None = None, multiple: int = 1) -> Tensor:
+    """`load_image` for what is in a file; `name` stands in errors."""
+    picture = _decode(content, name)
     width, height = size or tuple(max(side // multiple, 1) * multiple for side in picture.size)
     levels = torch.from_numpy(np.array(resize_cover(picture, width, height)))
     return levels.permute(2, 0, 1)[:, None].float() / 127.5 - 1
@@ -54,17 +59,22 @@ def load_mask(file: Path, size: tuple[int, int]) -> Tensor:
     Raises:
         RecipeError: no such file, or not a picture.
     """
-    grey = resize_cover(_read(file), *size).convert("L")
+    grey = resize_cover(_decode(_read(file), str(file)), *size).convert("L")
     return torch.from_numpy(np.array(grey))[None] > 127
 
 
-def _read(file: Path) -> Image.Image:
+def _read(file: Path) -> bytes:
     try:
-        return decode_picture(file.read_bytes())
+        return file.read_bytes()
     except OSError as error:
         raise RecipeError(f"the picture cannot be read: {error.strerror}", where=str(file)) from error
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    try:
+        return decode_picture(content)
     except DataError as error:
-        raise RecipeError(f"the picture cannot be read: {error}", where=str(file)) from error
+        raise RecipeError(f"the picture cannot be read: {error}", where=name) from error
 
 
 def grid(

@@ -55,6 +55,7 @@ class Pipeline:
         codec: latents to pixels.
         text_encoder: None for models without text.
         null_text_LY: features of the empty prompt.
+        step: of the checkpoint; None where there is none.
     """
 
     model: FlagDiT
@@ -62,6 +63,7 @@ class Pipeline:
     codec: Codec
     text_encoder: TextEncoder | None
     null_text_LY: Tensor | None
+    step: int | None = None
 
     @classmethod
     def build(cls, model: FlagDiT, recipe: Recipe) -> Pipeline:
@@ -283,7 +285,8 @@ def load_pipeline(
     run_dir = Path(run_dir)
     recipe = load_run_recipe(run_dir)
     group = weights_group(recipe, recipe.sample.ema if ema is None else ema)
-    weights = store.load(store.find(run_dir, step), groups=[group]).tensors[group]
+    checkpoint = store.load(store.find(run_dir, step), groups=[group])
+    weights = checkpoint.tensors[group]
     if device is None:
         device = "cuda" if torch.cuda.is_available() and recipe.train.device != "cpu" else "cpu"
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -300,12 +303,15 @@ def load_pipeline(
             fix="Restore the recipe.yaml that the run was trained with.",
         ) from None
     if mesh is not None and mesh.world > 1:
-        return Pipeline.build(cast(FlagDiT, place(recipe, weights, mesh, dtype)), recipe)
-    model = model.to(device, dtype).eval().requires_grad_(False)
-    # The backend of the training run, if this machine has it.
-    head_dim = model.cfg.dim // model.cfg.num_heads
-    model.attention_backend = choose_backend(torch.device(device), dtype, head_dim, first=recipe.model.attention)
-    return Pipeline.build(model, recipe)
+        model = cast(FlagDiT, place(recipe, weights, mesh, dtype))
+    else:
+        model = model.to(device, dtype).eval().requires_grad_(False)
+        # The backend of the training run, if this machine has it.
+        head_dim = model.cfg.dim // model.cfg.num_heads
+        model.attention_backend = choose_backend(torch.device(device), dtype, head_dim, first=recipe.model.attention)
+    pipeline = Pipeline.build(model, recipe)
+    pipeline.step = checkpoint.step
+    return pipeline
 
 
 def load_run_recipe(run_dir: Path) -> Recipe:

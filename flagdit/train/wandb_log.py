@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flagdit.config.keys import flatten
+from flagdit.config.load import load_recipe
 from flagdit.config.schema import Recipe
 from flagdit.errors import RecipeError
-from flagdit.train.folder import RunFolder
+from flagdit.train.folder import RunFolder, read_lines
 
 
 class WandbLog:
@@ -63,3 +65,19 @@ class WandbLog:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def log_figures(run_dir: Path, figures: Mapping[str, float]) -> None:
+    """Adds figures of an evaluation to the run's wandb, at the last step that it has logged; without wandb: nothing.
+
+    Raises:
+        RecipeError: wandb cannot start.
+    """
+    folder = RunFolder(run_dir)
+    recipe = load_recipe(folder.recipe)
+    if recipe.log.wandb_project is None:
+        return
+    logged = read_lines(folder.metrics) if folder.metrics.exists() else []
+    log = WandbLog(recipe, folder)
+    log.metrics({"step": logged[-1]["step"] if logged else 0, **{f"evaluate/{k}": v for k, v in figures.items()}})
+    log.close()

@@ -1,0 +1,215 @@
+"""`flagdit serve`: one local page to play with a model. The page is `templates/serve.html`; this is what it talks to.
+
+GET  /             the page
+GET  /api/model    what the model can do and its defaults, as JSON
+POST /api/sample   a request as JSON → one JSON object a line: {"step", "steps"}, then {"picture"} or {"error"}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flagdit.codecs.latents import COLOURS
+from flagdit.config.validate import parse_size
+from flagdit.errors import FlagDiTError, RecipeError
+from flagdit.generate.edit import edit
+from flagdit.generate.images import pixels_of, to_image
+from flagdit.generate.pipeline import Pipeline, load_pipeline
+from flagdit.generate.presets import PRESETS
+from flagdit.generate.sample import settings_of
+
+MOST_BYTES = 32 << 20
+"""Of a request, pictures included."""
+MOST_PIXELS, MOST_STEPS = 1 << 24, 1000
+LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]", "::1"]
+
+
+def build_app(pipeline: Pipeline, hosts: list[str] | None = None) -> Any:
+    """The application of a pipeline. It draws one request after the other.
+
+    Args:
+        pipeline: of the model.
+        hosts: names under which it answers, so that no foreign page can reach it through a name that points here.
+            None: those of this machine.
+    """
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    page = files("flagdit.generate").joinpath("templates/serve.html").read_text(encoding="utf-8")
+    busy = threading.Lock()
+
+    async def index(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(about(pipeline))
+
+    async def sample(request: Request) -> Response:
+        # A page of another origin cannot send this type without asking first, and it is never allowed.
+        if request.headers.get("content-type", "").split(";")[0] != "application/json":
+            return JSONResponse({"error": "send application/json"}, 415)
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BYTES:
+                return JSONResponse({"error": f"more than {MOST_BYTES >> 20} MB"}, 413)
+        try:
+            asked = json.loads(body)
+        except ValueError:
+            return JSONResponse({"error": "this is not JSON"}, 400)
+        if not isinstance(asked, dict):
+            return JSONResponse({"error": "this is not a JSON object"}, 400)
+        return StreamingResponse(answers(pipeline, asked, busy), media_type="application/x-ndjson")
+
+    return Starlette(
+        routes=[
+            Route("/", index),
+            Route("/api/model", model),
+            Route("/api/sample", sample, methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts or LOCAL_HOSTS)],
+    )
+
+
+def about(pipeline: Pipeline) -> dict[str, Any]:
+    """What the page needs to know."""
+    cfg, model = pipeline.recipe.sample, pipeline.model.cfg
+    return {
+        "name": pipeline.recipe.name,
+        "step": pipeline.step,
+        "modalities": list(model.modalities),
+        "follows": "text" if model.text_dim else "classes" if model.num_classes else "nothing",
+        "multiple": pipeline.codec.factor * model.patch_size,
+        "presets": PRESETS,
+        "prompts": list(cfg.prompts),
+        "defaults": {k: getattr(cfg, k) for k in ("modality", "size", "steps", "solver", "guidance", "seed", "frames")},
+    }
+
+
+def answers(pipeline: Pipeline, asked: dict[str, Any], busy: threading.Lock) -> Iterator[str]:
+    """Lines of JSON: progress, then the picture or an error that tells the person what to change."""
+    told: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def work() -> None:
+        with busy:
+            try:
+                told.put(
+                    {"picture": draw(pipeline, asked, lambda step, steps: told.put({"step": step, "steps": steps}))}
+                )
+            except FlagDiTError as error:
+                told.put({"error": str(error)})
+            except Exception as error:  # the page shows it; the server lives on
+                told.put({"error": f"{type(error).__name__}: {error}"})
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        line = told.get()
+        yield json.dumps(line) + "\n"
+        if "step" not in line:
+            return
+
+
+def draw(pipeline: Pipeline, asked: dict[str, Any], on_step: Any) -> str:
+    """The picture of a request as a data URI.
+
+    A request holds prompt, and may hold size ("WIDTHxHEIGHT"), modality, frames, preset, steps, solver, guidance and
+    seed; picture, mask and style (data URIs; a mask is white where to draw) and strength edit.
+
+    Raises:
+        RecipeError: something that cannot be drawn.
+    """
+    known = ("size", "modality", "frames", "steps", "solver", "guidance", "seed", "train_size")
+    given = {k: asked[k] for k in known if asked.get(k) not in (None, "")}
+    for name, kind in {"frames": int, "steps": int, "seed": int, "guidance": float}.items():
+        if name in given:
+            given[name] = _number(name, given[name], kind)
+    cfg = settings_of(pipeline.recipe, asked.get("preset") or None, given)
+    width, height = parse_size(cfg.size)
+    if width * height * cfg.frames > MOST_PIXELS or cfg.steps > MOST_STEPS:
+        raise RecipeError(f"that is more than {MOST_PIXELS >> 20} megapixels or {MOST_STEPS} steps")
+    prompt = str(asked.get("prompt", ""))
+
+    def told(step: int, *, finished: int) -> None:
+        on_step(step, cfg.steps)
+
+    if not asked.get("picture"):
+        (pixels,) = pipeline.generate([prompt], cfg, on_step=told)
+        return data_uri(pixels)
+    picture = _picture(asked["picture"], (width, height))
+    masks = None
+    if asked.get("mask"):
+        masks = [_picture(asked["mask"], (width, height)).mean(0) > 0]
+    style = _picture(asked["style"], (width, height)) if asked.get("style") else None
+    strength = _number("strength", asked.get("strength", 0.6), float)
+    (pixels,) = edit(pipeline, [picture], [prompt], cfg, strength=strength, masks=masks, style=style, on_step=told)
+    return data_uri(pixels)
+
+
+def data_uri(pixels: Tensor) -> str:
+    stream = io.BytesIO()
+    to_image(pixels).save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _picture(uri: Any, size: tuple[int, int]) -> Tensor:
+    """A data URI → pixels (3, 1, H, W) of that (width, height)."""
+    try:
+        content = base64.b64decode(str(uri).partition(",")[2], validate=True)
+    except binascii.Error as error:
+        raise RecipeError("the picture is not a data URI") from error
+    pixels = pixels_of(content, "the upload", size)
+    assert pixels.shape[0] == COLOURS
+    return pixels
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name} is {value!r}, which is not a number") from error
+
+
+def serve_run(run_dir: Path, *, host: str, port: int, step: int | None = None, ema: int | None = None) -> None:
+    """Serves until it is interrupted.
+
+    Args:
+        run_dir: the run folder.
+        host, port: where to listen.
+        step, ema: which weights; see `load_pipeline`.
+
+    Raises:
+        CheckpointError: the run cannot be read.
+        RecipeError: the address cannot be listened on.
+    """
+    import uvicorn
+
+    pipeline = load_pipeline(run_dir, step=step, ema=ema)
+    torch.set_grad_enabled(False)
+    # A person who listens on another address knows under which names it is reached.
+    hosts = None if host in LOCAL_HOSTS else ["*"]
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix="Try another --port."
+        ) from error
+    name = f"[{host}]" if ":" in host else host
+    print(f"http://{name}:{listening.getsockname()[1]}  (Ctrl-C ends)", flush=True)
+    uvicorn.Server(uvicorn.Config(build_app(pipeline, hosts), log_level="warning")).run(sockets=[listening])
