@@ -30,7 +30,7 @@ from flagdit.flow.solver import Velocity
 from flagdit.generate.inference import InferenceAt, inference_for
 from flagdit.generate.mesh import place
 from flagdit.generate.solve import Start, solve
-from flagdit.model.attention_backends import choose_backend
+from flagdit.model.attention_backends import choose_backend, set_sizes
 from flagdit.model.flag_dit import FlagDiT, Inference
 from flagdit.model.tokens import TokenSpec, modality_of, num_tokens, pack, unpack
 from flagdit.parallel.mesh import ParallelContext
@@ -133,9 +133,7 @@ class Pipeline:
         inference = self.inference(cfg) if inference is None else inference
         features, labels = self.features(conditions), self.labels(conditions)
         pixels: list[Tensor] = []
-        for part in self._parts(
-            segments, cfg, pack_tokens, whole=not isinstance(inference, Inference) or inference.sets
-        ):
+        for part in self._parts(segments, cfg, pack_tokens, inference):
             batch = self.batch(segments[part], features and features[part], labels and labels[part])
             latents = self.solve(
                 self.velocity(batch, cfg, inference),
@@ -201,9 +199,13 @@ class Pipeline:
     def spec(self) -> TokenSpec:
         return TokenSpec.from_model(self.model.cfg)
 
-    def _parts(self, segments: Sequence[Segment], cfg: SampleConfig, pack_tokens: int, whole: object) -> list[slice]:
+    def _parts(
+        self, segments: Sequence[Segment], cfg: SampleConfig, pack_tokens: int, inference: Inference | InferenceAt
+    ) -> list[slice]:
         """Samples that run in one pack: all where they share attention; of one length where that sets the shift."""
-        if whole:
+        sets = (inference(0.0) if callable(inference) else inference).sets
+        if sets:
+            set_sizes(sets, len(segments))  # tells of a pattern that would join the halves of guidance
             return [slice(0, len(segments))]
         lengths = [num_tokens(s.shape, s.modality, self.spec) for s in segments]
         halves = 1 if cfg.guidance == 1 else 2

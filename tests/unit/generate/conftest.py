@@ -65,6 +65,51 @@ def random_model():
     return make
 
 
+class Painter(torch.nn.Module):
+    """Knows what every word looks like: v = (x1 − x)/(1 − t), with x1 the mean level of the prompt's words everywhere.
+
+    Every solver arrives there up to its error, the last Euler step exactly; a prompt's level is `level(prompt)`.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def forward(self, x, t_S, batch, inference=None):
+        self.calls.append((t_S, batch, inference))
+        level_S = torch.stack([level_of(f) for f in batch.text.unpack()])
+        velocity = {}
+        for modality, x_NP in x.items():
+            segment_N = batch.layout.patch_segment[modality]
+            velocity[modality] = (level_S[segment_N][:, None] - x_NP) / (1 - t_S[segment_N])[:, None]
+        return velocity
+
+
+def level_of(features: torch.Tensor) -> torch.Tensor:
+    return features[:, 0].mean().tanh() * 0.8
+
+
+@pytest.fixture
+def level():
+    """A function: prompt → the level that a Painter draws for it."""
+    return lambda prompt: float(level_of(Letters().encode([prompt])[0]))
+
+
+@pytest.fixture
+def painting(recipe):
+    """A function: modality and changes of the sample block → a pipeline whose model is a Painter."""
+
+    def make(modality: str = "image", **sample) -> pipeline_module.Pipeline:
+        model = replace(recipe.model, modalities={modality: 3})
+        settings = {"modality": modality, "guidance": 1.0, "solver": "euler", "steps": 4, **sample}
+        changed = replace(recipe, model=model, sample=replace(recipe.sample, **settings))
+        return pipeline_module.Pipeline.build(Painter(changed.model), changed)
+
+    return make
+
+
 @pytest.fixture
 def save_run(random_model):
     """A function: recipe → its run folder, with checkpoints of the given steps."""
