@@ -52,7 +52,7 @@ def build_app(pipeline: Pipeline, hosts: list[str] | None = None) -> Any:
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    page = files("flagdit.generate").joinpath("templates/serve.html").read_text(encoding="utf-8")
+    page = page_text()
     busy = threading.Lock()
 
     async def index(request: Request) -> Response:
@@ -86,6 +86,11 @@ def build_app(pipeline: Pipeline, hosts: list[str] | None = None) -> Any:
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts or LOCAL_HOSTS)],
     )
+
+
+def page_text() -> str:
+    """The page's HTML, with all that it needs inside."""
+    return files("flagdit.generate").joinpath("templates/serve.html").read_text(encoding="utf-8")
 
 
 def about(pipeline: Pipeline) -> dict[str, Any]:

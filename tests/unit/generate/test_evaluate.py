@@ -15,7 +15,7 @@ from flagdit.data_pipelines.encode import encode_dataset
 from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import DataError, RecipeError
 from flagdit.generate import evaluate
-from flagdit.generate.evaluate import evaluate_retrieval, evaluate_run, nearest
+from flagdit.generate.evaluate import evaluate_retrieval, evaluate_run, flow_losses, nearest
 from flagdit.generate.pipeline import Pipeline
 from flagdit.model.tokens import modality_of, patchify
 
@@ -119,16 +119,71 @@ def test_what_cannot_be_evaluated_is_told(oracle, dataset, recipe, random_model)
         evaluate_retrieval(pipeline, dataset)
 
 
-def test_a_run_gets_figures_and_sheets(oracle, dataset, tmp_path, monkeypatch):
+@pytest.fixture
+def evaluated(oracle, dataset, monkeypatch):
+    """A pipeline that the functions under test open instead of a run, and features that need no network."""
     pipeline = oracle()
     pipeline.recipe = replace(pipeline.recipe, data=replace(pipeline.recipe.data, path=str(dataset.path)))
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda run: pipeline)
+    pipeline.step = 7
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda run, step, ema: pipeline)
+    monkeypatch.setattr(evaluate, "lite0_installed", lambda: True)
+    monkeypatch.setattr(evaluate, "lite0", lambda: lambda pictures: torch.stack([p.mean((1, 2, 3)) for p in pictures]))
+    return pipeline
+
+
+def test_a_run_gets_figures_and_sheets(evaluated, dataset, tmp_path):
     figures = evaluate_run(tmp_path)
     train, heldout = (len(dataset.splits[s]) for s in ("train", "heldout"))
-    assert figures == {"retrieval_top1": 1.0, "prompts": train, "heldout_top1": 1.0, "heldout_prompts": heldout}
+    assert figures == {
+        "retrieval_top1": 1.0,
+        "prompts": train,
+        "fd_lite0": pytest.approx(0, abs=1e-3),
+        "heldout_top1": 1.0,
+        "heldout_prompts": heldout,
+        "heldout_fd_lite0": pytest.approx(0, abs=1e-3),
+    }
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    about = json.loads((tmp_path / "evaluation.json").read_text())
+    assert about["figures"] == figures and about["step"] == 7
     sheet = np.asarray(Image.open(tmp_path / "retrieval_heldout.png"))
     assert sheet.std() > 10 and Image.open(tmp_path / "retrieval_train.png").size[0] > 100
     assert evaluate_run(tmp_path, data=str(dataset.path), most=1)["prompts"] == 1
     with pytest.raises(DataError, match="no such folder"):
         evaluate_run(tmp_path, data=str(tmp_path / "nowhere"))
+
+
+def test_other_sizes_are_compared_at_the_size_of_the_data(evaluated, dataset, tmp_path, monkeypatch):
+    asked = []
+
+    def generate(conditions, cfg, *, sizes, on_step=None):
+        asked.extend(sizes)
+        return [evaluate.resize(evaluated.model.pictures[c], size) for c, size in zip(conditions, sizes, strict=True)]
+
+    monkeypatch.setattr(evaluated, "generate", generate)
+    figures = evaluate_run(tmp_path, scales=[2.0])
+    assert set(asked) == {(16, 16), (24, 8)}
+    assert figures["retrieval_top1_at_2x"] == 1.0 and "fd_lite0_at_2x" in figures and "retrieval_top1" not in figures
+    assert (tmp_path / "retrieval_train_at_2x.png").exists()
+    assert [evaluate.scaled(24, s, 4) for s in (0.01, 1, 1.5, 2)] == [4, 24, 36, 48]
+
+
+def test_flow_loss_is_by_size_and_time(evaluated, dataset):
+    """The oracle's velocity is (x1 − x_t)/(1 − t) = x1 − x0: no loss, unless it draws another picture."""
+    found = flow_losses(evaluated, dataset, "train", bins=4)
+    assert set(found) == {"8×8", "12×4"} and set(found["8×8"]) == {"0.12", "0.38", "0.62", "0.88"}
+    assert max(loss for at in found.values() for loss in at.values()) < 1e-6
+    evaluated.model.pictures = {k: -v for k, v in evaluated.model.pictures.items()}
+    wrong = flow_losses(evaluated, dataset, "train", bins=4)["8×8"]
+    times = [float(t) for t in wrong]
+    # the error is 2·x1/(1 − t): it grows towards data as 1/(1 − t)²
+    ratio = wrong["0.88"] / wrong["0.12"]
+    assert times == sorted(times) and ratio == pytest.approx(((1 - 0.125) / (1 - 0.875)) ** 2, rel=1e-3)
+
+
+def test_given_networks_measure_too(evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "inception", lambda weights: lambda pictures: torch.zeros(len(pictures), 2))
+    clip = {"clip_score": 30.0, "clip_top1": 0.5}
+    monkeypatch.setattr(evaluate, "ClipScores", lambda folder: lambda pictures, captions: dict(clip))
+    figures = evaluate_run(tmp_path, fid=tmp_path, clip=tmp_path, most=2)
+    assert figures["fid"] == figures["heldout_fid"] == 0
+    assert figures["clip_score"] == 30 and figures["heldout_clip_top1"] == 0.5

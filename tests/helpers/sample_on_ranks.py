@@ -1,0 +1,56 @@
+"""Run by every rank of torchrun: samples a run on several meshes and writes what came out.
+
+sample_on_ranks.py RUN OUT tensor=2,context=2 tensor=1,context=4 …    files OUT/TENSOR_CONTEXT.pt
+sample_on_ranks.py RUN OUT many                                       files OUT/many/*.png
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flagdit.generate.compose import panorama
+from flagdit.generate.inference import shared
+from flagdit.generate.many import sample_many
+from flagdit.generate.mesh import sampling_mesh
+from flagdit.generate.pipeline import Pipeline, load_pipeline, load_run_recipe
+from flagdit.generate.solve import Start
+
+
+def pictures(pipeline: Pipeline) -> list[torch.Tensor]:
+    """Samples that use everything that a mesh could get wrong: uneven sizes, guidance, scaling, sets, starts, views.
+
+    Of a model whose recipe asks for one huge picture: that picture.
+    """
+    cfg = pipeline.recipe.sample
+    if not pipeline.model.cfg.num_classes:
+        return pipeline.generate([""], cfg)
+    scaled = replace(cfg, train_size="8x8", guidance_interval=[0.0, 0.5], guidance_rescale=0.5, schedule="sigmoid")
+    drawn = pipeline.generate([0, 1, 2], cfg, sizes=[(8, 8), (12, 8), (4, 6)])
+    drawn += pipeline.generate([3, 1], scaled, sizes=[(16, 8), (8, 8)])
+    drawn += pipeline.generate([0, 3], cfg, inference=shared(pipeline.inference(scaled), 2, until=0.6))
+    half = Start([drawn[0]], strength=0.5, keep=[torch.arange(8).view(1, 1, 1, 8) < 3])
+    drawn += pipeline.generate([2], cfg, start=half)
+    drawn.append(panorama(pipeline, [0, 1], cfg, size=(20, 8), window=(8, 8), wrap=True))
+    return drawn
+
+
+def main() -> None:
+    run, out, *tasks = sys.argv[1:]
+    recipe = load_run_recipe(Path(run))
+    for task in tasks:
+        if task == "many":
+            with sampling_mesh(recipe, tensor=1, context=1) as mesh:
+                sample_many(Path(run), ["0", "1", "2", "3", "0"], Path(out) / "many", repeat=2, mesh=mesh)
+            continue
+        sizes = dict(part.split("=") for part in task.split(","))
+        tensor, context = int(sizes["tensor"]), int(sizes["context"])
+        with sampling_mesh(recipe, tensor=tensor, context=context) as mesh:
+            drawn = pictures(load_pipeline(run, mesh=mesh))
+            if mesh.is_first:
+                torch.save(drawn, Path(out) / f"{tensor}_{context}.pt")
+
+
+if __name__ == "__main__":
+    main()

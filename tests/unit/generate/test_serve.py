@@ -1,0 +1,239 @@
+"""The page's server over HTTP, and the page itself in a headless browser where there is one."""
+
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from flagdit.errors import RecipeError
+from flagdit.generate import serve
+from flagdit.generate.pipeline import Pipeline
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def pipeline(recipe, random_model):
+    return Pipeline.build(random_model(recipe), recipe)
+
+
+@pytest.fixture
+def client(pipeline):
+    return TestClient(serve.build_app(pipeline), base_url="http://127.0.0.1")
+
+
+def uri(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def lines(client, **asked):
+    reply = client.post("/api/sample", json=asked)
+    assert reply.status_code == 200
+    return [json.loads(line) for line in reply.text.splitlines()]
+
+
+def picture(client, **asked) -> Image.Image:
+    *progress, last = lines(client, **asked)
+    assert "picture" in last, last
+    assert all(p["steps"] >= p["step"] > 0 for p in progress)
+    return Image.open(io.BytesIO(base64.b64decode(last["picture"].partition(",")[2])))
+
+
+def test_the_page_and_what_it_needs_to_know(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html") and "<form" in page.text
+    assert "http://" not in page.text and "https://" not in page.text, "nothing is loaded from elsewhere"
+    about = client.get("/api/model").json()
+    assert (about["follows"], about["multiple"], about["modalities"]) == ("text", 2, ["image"])
+    assert about["defaults"]["size"] == "8x8" and "fast" in about["presets"]
+
+
+def test_a_picture_is_that_of_the_pipeline(client, pipeline):
+    drawn = picture(client, prompt="a dog", size="12x8", steps="4", guidance="2.5", seed=7)
+    cfg = replace(pipeline.recipe.sample, steps=4, guidance=2.5, seed=7)
+    (wanted,) = pipeline.generate(["a dog"], cfg, sizes=[(12, 8)])
+    assert drawn.size == (12, 8)
+    assert drawn.tobytes() == serve.to_image(wanted).tobytes()
+    *progress, _ = lines(client, prompt="a dog", preset="draft")
+    assert progress == [{"step": i, "steps": 5} for i in range(1, 6)]
+
+
+def test_editing_by_upload_and_mask(client):
+    upload = Image.new("RGB", (16, 16), (200, 40, 40))
+    mask = Image.new("RGB", (8, 8), "black")
+    mask.paste("white", (0, 0, 4, 8))
+    drawn = picture(client, prompt="a dog", picture=uri(upload), mask=uri(mask), strength="1")
+    right, left = drawn.crop((4, 0, 8, 8)), drawn.crop((0, 0, 4, 8))
+    assert right.getcolors() == [(32, (200, 40, 40))] and len(left.getcolors()) > 5
+    whole = picture(client, prompt="a dog", picture=uri(upload), strength=0.9)
+    assert len(whole.crop((4, 0, 8, 8)).getcolors()) > 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"size": "9x8"}, "try 8x8 or 10x8"),
+        ({"size": "8000x8000"}, "more than 16 megapixels"),
+        ({"steps": "many"}, "not a number"),
+        ({"steps": 0}, "at least 1"),
+        ({"preset": "magic"}, "no preset"),
+        ({"picture": "data:image/png;base64,%%"}, "not a data URI"),
+        ({"picture": "data:image/png;base64,aGVsbG8="}, "cannot be read"),
+        ({"picture": uri(Image.new("RGB", (8, 8))), "strength": 0}, "above 0"),
+    ],
+)
+def test_a_mistake_is_a_line_that_says_what_to_change(client, asked, told):
+    (last,) = lines(client, prompt="a dog", **asked)
+    assert told in last["error"]
+    assert picture(client, prompt="a dog").size == (8, 8), "the server lives on"
+
+
+def test_a_fault_of_the_program_does_not_end_the_server(client, pipeline, monkeypatch):
+    monkeypatch.setattr(serve, "edit", None)
+    (last,) = lines(client, prompt="a", picture=uri(Image.new("RGB", (8, 8))))
+    assert last["error"].startswith("TypeError")
+
+
+def test_strangers_get_nothing(client, monkeypatch):
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    # what a page of another origin can send without asking first
+    simple = client.post("/api/sample", content=json.dumps({"prompt": "a"}), headers={"content-type": "text/plain"})
+    assert simple.status_code == 415
+    assert client.options("/api/sample").status_code == 405
+    monkeypatch.setattr(serve, "MOST_BYTES", 100)
+    assert client.post("/api/sample", json={"prompt": "a" * 200}).status_code == 413
+    for content in ("{", "[]"):
+        bad = client.post("/api/sample", content=content, headers={"content-type": "application/json"})
+        assert bad.status_code == 400
+
+
+def test_requests_are_drawn_one_after_the_other(client, pipeline):
+    inside, most = 0, 0
+    inner = pipeline.model.forward
+
+    def watch(*args):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+        return inner(*args)
+
+    pipeline.model.forward = watch
+    threads = [threading.Thread(target=lines, args=(client,), kwargs={"prompt": "a dog"}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+@pytest.fixture
+def address(pipeline, monkeypatch):
+    """A real server on a free port of the loopback interface."""
+    monkeypatch.setattr(serve, "load_pipeline", lambda run, step, ema: pipeline)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    where = {"host": "127.0.0.1", "port": port}
+    thread = threading.Thread(target=serve.serve_run, args=("run",), kwargs=where, daemon=True)
+    with torch.enable_grad():
+        thread.start()
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/model", timeout=5).read()
+            break
+        except OSError:
+            time.sleep(0.05)
+    return f"http://127.0.0.1:{port}"
+
+
+def test_it_serves_on_loopback(address, capsys):
+    page = urllib.request.urlopen(address, timeout=5).read().decode()
+    assert "<form" in page
+    port = int(address.rpartition(":")[2])
+    with pytest.raises(RecipeError, match="cannot listen"):
+        serve.serve_run("run", host="127.0.0.1", port=port)
+
+
+SCRIPT = """
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+async function until(test) { for (let i = 0; i < 400 && !test(); i++) await sleep(50); return test(); }
+(async () => {
+  const out = {};
+  await until(() => $("prompt").value);
+  out.prompt = $("prompt").value;
+  $("prompt").value = "a dog"; $("width").value = 12; $("steps").value = 3;
+  $("form").requestSubmit();
+  await until(() => !$("picture").hidden && $("picture").naturalWidth);
+  out.drawn = [$("picture").naturalWidth, $("picture").naturalHeight];
+  const first = $("picture").src;
+  $("take").click();
+  await until(() => source);
+  $("editing").open = true;
+  await sleep(50);
+  const at = $("paint").getBoundingClientRect();
+  $("paint").dispatchEvent(new PointerEvent("pointerdown", { buttons: 1, clientX: at.left + 5, clientY: at.top + 5 }));
+  out.painted = painted;
+  $("strength").value = 1;
+  $("form").requestSubmit();
+  await until(() => $("picture").src !== first && !$("go").disabled);
+  out.edited = $("picture").src !== first;
+  $("width").value = 13; $("form").noValidate = true;
+  $("form").requestSubmit();
+  await until(() => !$("error").hidden);
+  out.error = $("error").textContent;
+  document.title = "RESULT " + JSON.stringify(out);
+  document.body.setAttribute("data-result", JSON.stringify(out));
+})();
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_the_page_in_a_browser(pipeline, monkeypatch, tmp_path):
+    page = serve.page_text().replace("</body>", f"<script>{SCRIPT}</script></body>")
+    monkeypatch.setattr(serve, "page_text", lambda: page)
+    app = serve.build_app(pipeline)
+    import uvicorn
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    done = subprocess.run(
+        [BROWSER, *options, "--virtual-time-budget=600000", "--dump-dom", f"http://127.0.0.1:{port}/"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    server.should_exit = True
+    thread.join(10)
+    found = done.stdout.partition('data-result="')[2].partition('"')[0].replace("&quot;", '"')
+    assert found, done.stderr[-2000:] + done.stdout[-2000:]
+    result = json.loads(found)
+    assert result["drawn"] == [12, 8] and result["painted"] and result["edited"]
+    assert result["prompt"] == pipeline.recipe.sample.prompts[0]
+    assert "try 12x8 or 14x8" in result["error"]
+
+
+def test_the_command_needs_no_network_to_import():
+    script = "import sys, flagdit.generate.serve; print('starlette' in sys.modules, 'uvicorn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"], "servers are imported when one is started"
