@@ -14,6 +14,7 @@ from flagdit.config.keys import all_keys, flatten, nearest
 from flagdit.config.problems import Problem, divisors, either, nearest_values, raise_problems
 from flagdit.config.schema import Recipe
 from flagdit.config.validate_parallel import parallel_problems
+from flagdit.config.validate_sample import guidance_problems
 from flagdit.errors import RecipeError
 
 COLOURS = 3
@@ -305,19 +306,6 @@ def _sample_size(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _guidance(recipe: Recipe) -> Iterator[Problem]:
-    s = recipe.sample
-    if len(s.guidance_interval) != 2 or not 0 <= s.guidance_interval[0] <= s.guidance_interval[1] <= 1:
-        yield Problem(
-            ("sample.guidance_interval",),
-            f"sample.guidance_interval={s.guidance_interval} must be two rising times from 0 to 1",
-        )
-    if s.guidance_rescale > 1:
-        yield Problem(
-            ("sample.guidance_rescale",), f"sample.guidance_rescale={s.guidance_rescale:g} must be a share up to 1"
-        )
-
-
 def _name(recipe: Recipe) -> Iterator[Problem]:
     if recipe.name in ("", ".", "..") or "/" in recipe.name or "\0" in recipe.name:
         yield Problem(
@@ -349,5 +337,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _grids,
     _positive,
     _sample_size,
-    _guidance,
+    guidance_problems,
 )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from flagdit.generate.compose import panorama
 from flagdit.generate.inference import shared
@@ -39,6 +40,7 @@ def pictures(pipeline: Pipeline) -> list[torch.Tensor]:
 def main() -> None:
     run, out, *tasks = sys.argv[1:]
     recipe = load_run_recipe(Path(run))
+    dist.init_process_group("gloo")  # once: the meshes below form their groups in it
     for task in tasks:
         if task == "many":
             with sampling_mesh(recipe, tensor=1, context=1) as mesh:
@@ -50,6 +52,7 @@ def main() -> None:
             drawn = pictures(load_pipeline(run, mesh=mesh))
             if mesh.is_first:
                 torch.save(drawn, Path(out) / f"{tensor}_{context}.pt")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

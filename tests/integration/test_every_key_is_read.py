@@ -71,6 +71,8 @@ def test_every_key_is_read(tmp_path, reads):
     with pytest.raises(FlagDiTError, match="bad steps in a row"):
         train(load_recipe("quickstart", [*common, "name=bad", "guard.max_grad_norm=1e-9", "guard.max_consecutive=2"]))
     sample_to_files(tmp_path / "runs" / "plain", ["a"], tmp_path / "a.png", settings={"solver": "dopri5"})
+    settings = {"train_size": "8x8", "shift_tokens": 4, "guidance": 2.0}
+    sample_to_files(tmp_path / "runs" / "plain", ["a"], tmp_path / "b.png", settings=settings)
     for missing in (["codec.kind=diffusers", "codec.path=nowhere"], ["text.kind=transformers", "text.path=nowhere"]):
         with pytest.raises(RecipeError, match="nowhere"):
             encode_dataset(raw, tmp_path / "never", load_recipe("quickstart", [*common, *missing]))

@@ -17,6 +17,7 @@ from PIL import Image
 from flagdit import cli
 from flagdit.config.load import load_recipe
 from flagdit.errors import FlagDiTError
+from flagdit.generate.draw import Way
 
 
 def commands(group=None, path=()) -> list[tuple[tuple[str, ...], object]]:
@@ -80,6 +81,12 @@ def test_version(flagdit):
         ("sample . --prompt x --label 1", "exclude each other"),
         ("sample . --prompt x --out x.txt", "not a picture file"),
         ("evaluate nowhere", "there is no such folder"),
+        ("edit nowhere x.png", "there is no such folder"),
+        ("edit . x.png --out x.txt", "not a picture file"),
+        ("sample . --prompt x --wrap", "--wrap has no effect"),
+        ("sample . --region 4x4 --prompt x", "is not a region"),
+        ("compare nowhere@3", "there is no such folder"),
+        ("serve nowhere", "there is no such folder"),
         ("report nowhere", "nowhere"),
         ("recipe show quickstart train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
         (
@@ -157,11 +164,15 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
         return [out]
 
     monkeypatch.setattr("flagdit.generate.sample.sample_to_files", fake)
+    monkeypatch.setattr("flagdit.generate.pipeline.load_run_recipe", lambda run: load_recipe("quickstart"))
     (tmp_path / "p.txt").write_text("c\nd\n")
     line = f"sample runs/x --prompt a --prompt 'b, c' --prompt-file {tmp_path}/p.txt --size 48x32 --size 8x8 --steps 20"
     line += " --solver heun --guidance 4 --seed 3 --shift 2 --ema 1 --step 100 --out o/g.png --separate --captions"
-    code, out, _ = flagdit(line + " --repeat 2 --frames 5")
-    assert code == 0 and out == "o/g.png\n"
+    line += " --preset fast --schedule sigmoid --guidance-interval 0.1 0.8 --guidance-rescale 0.5 --guidance-reuse 3"
+    line += " --train-size 24 --scaling ntk --modality image --window 24x16 --wrap"
+    code, out, err = flagdit(line + " --repeat 2 --frames 5")
+    assert code == 0 and out == "o/g.png\n", err
+    assert got.pop("mesh").world == 1
     assert got == {
         "run": Path("runs/x"),
         "conditions": ["a", "b, c", "c", "d"],
@@ -172,10 +183,94 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
         "ema": 1,
         "separate": True,
         "captions": True,
-        "settings": {"steps": 20, "solver": "heun", "guidance": 4.0, "shift": 2.0, "seed": 3, "frames": 5},
+        "way": Way(window=(24, 16), wrap=True),
+        "preset_name": "fast",
+        "settings": {
+            "steps": 20,
+            "solver": "heun",
+            "schedule": "sigmoid",
+            "guidance": 4.0,
+            "guidance_interval": [0.1, 0.8],
+            "guidance_rescale": 0.5,
+            "guidance_reuse": 3,
+            "shift": 2.0,
+            "seed": 3,
+            "modality": "image",
+            "frames": 5,
+            "train_size": "24",
+            "scaling": "ntk",
+        },
     }
-    flagdit("sample runs/x --label 3 --label 0")
+    flagdit("sample runs/x --label 3 --label 0 --upscale 0.5")
     assert got["conditions"] == [3, 0] and got["sizes"] == [] and set(got["settings"].values()) == {None}
+    assert got["way"] == Way(upscale=0.5)
+
+
+def test_sample_into_a_folder(flagdit, monkeypatch):
+    got = {}
+    monkeypatch.setattr("flagdit.generate.pipeline.load_run_recipe", lambda run: load_recipe("quickstart"))
+    monkeypatch.setattr(
+        "flagdit.generate.many.sample_many", lambda *args, **rest: got.update(rest, args=args) or "done"
+    )
+    assert flagdit("sample runs/x --prompt a --out-dir o --repeat 3 --preset draft")[:2] == (0, "done\n")
+    assert got["args"] == (Path("runs/x"), ["a"], Path("o")) and (got["repeat"], got["preset_name"]) == (3, "draft")
+    code, _, err = flagdit("sample runs/x --prompt a --out-dir o --share 0.5")
+    assert code == 2 and "draws every prompt by itself" in err
+    code, _, err = flagdit("sample runs/x --prompt a --context 2")
+    assert code == 2 and "parallel.context=2" in err
+
+
+def test_edit_passes_on_all_that_it_is_given(flagdit, monkeypatch):
+    got = {}
+    monkeypatch.setattr(
+        "flagdit.generate.edit.edit_file", lambda *args, **rest: got.update(rest, args=args) or [args[3]]
+    )
+    line = "edit runs/x a.png --prompt dog --strength 0.3 --mask m.png --style s.png --size 8x8 --steps 3 --out b.png"
+    code, out, err = flagdit(line + " --solver heun --seed 4 --repeat 2 --separate --preset fast --step 5 --ema 1")
+    assert code == 0 and out == "b.png\n", err
+    assert got["args"] == (Path("runs/x"), Path("a.png"), "dog", Path("b.png"))
+    assert (got["strength"], got["mask"], got["style"], got["size"]) == (0.3, Path("m.png"), Path("s.png"), "8x8")
+    assert (got["repeat"], got["separate"], got["preset_name"], got["step"], got["ema"]) == (2, True, "fast", 5, 1)
+    assert {k: v for k, v in got["settings"].items() if v is not None} == {"steps": 3, "solver": "heun", "seed": 4}
+
+
+def test_evaluate_compare_and_serve_pass_on_all_that_they_are_given(flagdit, monkeypatch):
+    got, logged = {}, []
+    monkeypatch.setattr(
+        "flagdit.generate.evaluate.evaluate_run", lambda run, **rest: got.update(rest, run=run) or {"a": 1}
+    )
+    monkeypatch.setattr("flagdit.train.wandb_log.log_figures", lambda run, figures: logged.append((run, figures)))
+    line = "evaluate runs/x --data d --limit 3 --scale 1 --scale 1.5 --preset fast --train-size 24 --scaling linear"
+    code, out, err = flagdit(line + " --fid w.pth --clip c --step 7 --ema 0")
+    assert code == 0 and json.loads(out) == {"a": 1}, err
+    assert got == {
+        "run": Path("runs/x"),
+        "data": "d",
+        "most": 3,
+        "scales": [1.0, 1.5],
+        "step": 7,
+        "ema": 0,
+        "fid": Path("w.pth"),
+        "clip": Path("c"),
+        "preset_name": "fast",
+        "settings": {"train_size": "24", "scaling": "linear"},
+    }
+    assert logged == [(Path("runs/x"), {"a": 1})]
+    compared = []
+    monkeypatch.setattr(
+        "flagdit.generate.comparison.write_comparison", lambda *args, **rest: compared.append((args, rest))
+    )
+    flagdit("compare a b@5 --prompt p --preset fast --steps 4 --seed 2 --out o.html")
+    rest = {"prompts": ["p"], "preset_name": "fast", "settings": {"steps": 4, "seed": 2}}
+    assert compared == [(([Path("a"), Path("b@5")], Path("o.html")), rest)]
+    served = []
+    monkeypatch.setattr("flagdit.generate.serve.serve_run", lambda *args, **rest: served.append((args, rest)))
+    flagdit("serve runs/x --port 0 --step 3")
+    flagdit("serve runs/x --host 0.0.0.0 --ema 1")
+    assert served == [
+        ((Path("runs/x"),), {"host": "127.0.0.1", "port": 0, "step": 3, "ema": None}),
+        ((Path("runs/x"),), {"host": "0.0.0.0", "port": 8000, "step": None, "ema": 1}),
+    ]
 
 
 def test_recipe_show_prints_a_recipe(flagdit, tmp_path):
