@@ -2,9 +2,9 @@
 
     python benchmarks/resolution.py [RUN] [--limit 48] [--out FILE]
 
-RUN is a run of the quickstart. Its captions are drawn at each size with the `fast` preset, shrunk to the size of the data
-and looked for among all its pictures, as `flagdit evaluate` does. `stages` draws at the size of training, then enlarges
-and draws half of the way anew, with linear scaling.
+RUN is a run of the quickstart. Its captions are drawn at each size with the `fast` preset, shrunk to the size of the
+data and looked for among all its pictures, as `flagdit evaluate` does. `stages` draws at the size of training, then
+enlarges and draws half of the way anew, with linear scaling.
 """
 
 from __future__ import annotations
