@@ -157,6 +157,46 @@ def report(run: RunFolder) -> None:
     typer.echo(str(write_report(run)))
 
 
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        Optional[int], typer.Option(min=1, help="GPUs of the run; the cluster's, or one mesh, if not given.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200 or b200.")] = "h100",
+    sample_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a sample; 0: by the size in `sample`.")] = 0,
+    text_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a caption; 0: text.max_length.")] = 0,
+    search: Annotated[bool, typer.Option("--search", help="Rank all meshes of these GPUs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Also draw memory and time by mesh into this file.")] = None,
+) -> None:
+    """Say what a recipe costs before it runs.
+
+    Parameters, FLOPs, memory by kind, traffic, time and MFU, and whether it fits; without a GPU. docs/plan.md has the
+    formulas.
+
+    \b
+    Example:
+      flagdit plan t2v/7b_128k --gpus 64 --gpu h100 --search
+    """
+    from rich.console import Console
+
+    from flagdit.config.load import load_recipe
+    from flagdit.plan import report
+
+    loaded = load_recipe(recipe, overrides or [])
+    made = report.make_plan(
+        loaded, gpu=gpu, gpus=gpus or 0, sample_tokens=sample_tokens, text_tokens=text_tokens, search=search
+    )
+    if plot:
+        report.plot(made, plot)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(made)))
+    else:
+        report.show(made, Console(), searched=search)
+
+
 @build_app.command("emoji")
 def build_emoji(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],

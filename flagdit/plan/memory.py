@@ -1,7 +1,7 @@
 """Bytes on one GPU: what training holds all the time, and what one micro-batch needs at its peak.
 
-The formulas stand in docs/plan.md with their reasons, and are held against the traced model (`trace.py`). They count the
-readable torch path; the fused kernels keep less.
+The formulas stand in docs/plan.md with their reasons, and are held against the traced model (`trace.py`). They count
+the readable torch path; the fused kernels keep less.
 """
 
 from __future__ import annotations
@@ -11,11 +11,67 @@ from dataclasses import dataclass
 
 from flagdit.config.schema import ModelConfig
 from flagdit.model.sizes import resolve
+from flagdit.parallel.zero import BUCKET
 from flagdit.plan.parameters import Parameters
 from flagdit.plan.workload import Workload
 
 FP32 = 4
 COMPLEX64 = 8
+MOMENTS = 2
+CONTEXT = 1.5e9
+"""Bytes that CUDA, NCCL's buffers and libraries' workspaces take, whatever the model: about so much on one node."""
+FRAGMENTATION = 0.05
+"""Share of activations and buffers that the caching allocator loses to holes."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step, by kind."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    activations: float
+    communication: float
+    margin: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """On the GPU; `host` is beside it."""
+        kinds = (self.weights, self.gradients, self.optimizer, self.ema, self.activations, self.communication)
+        return sum(kinds) + self.margin
+
+
+def memory_of(work: Workload, parameters: Parameters) -> Memory:
+    """The bytes of one rank (docs/plan.md).
+
+    Args:
+        work: what it computes.
+        parameters: of its model.
+    """
+    p, w = work.parallel, work.width
+    own = parameters.per_rank(p.tensor)
+    n = work.shards
+    stage = p.zero if work.gpus > 1 else 0
+    bucket = min(BUCKET, own)
+    weights, gradients, communication = w * own, FP32 * own, 0.0
+    masters = FP32 * own if w < FP32 or stage else 0
+    if stage:
+        # One bucket is filled while the one before travels, in fp32; gathered weights in their own type.
+        communication = 2 * FP32 * bucket + w * bucket
+    if stage >= 2:
+        gradients = FP32 * own / n
+    if stage == 3:
+        weights = w * own / n
+        communication += 2 * w * parameters.largest_block(p.tensor)
+    optimizer = (masters + MOMENTS * FP32 * own) / (n if stage else 1)
+    ema = work.emas * FP32 * own / (n if stage else 1)
+    activations = activation_bytes(work.model, Slice.of(work))
+    margin = CONTEXT + FRAGMENTATION * (activations + communication)
+    host = optimizer if p.offload else 0.0
+    return Memory(weights, gradients, optimizer - host, ema, activations, communication, margin, host)
 
 
 @dataclass(frozen=True)
@@ -97,6 +153,8 @@ def block_bytes(cfg: ModelConfig, s: Slice) -> BlockBytes:
     if cfg.text_dim:
         attention += w * a * q + lse  # the cross-attention's output
         attention += w * a * q  # the sum of both, which wo reads
+    if cfg.num_kv_heads < cfg.num_heads:
+        attention += 2 * w * a * q  # keys and values repeated for the query heads that share them
     if not s.uniform:
         attention += w * a * q  # runs of samples are joined
         cross = s.text * (cfg.text_dim * (w + FP32) + 2 * w * k + 2 * FP32 * k)

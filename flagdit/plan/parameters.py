@@ -18,7 +18,7 @@ PARTS = (
     ("feed-forward", "blocks.*.feed_forward.*"),
     ("modulation", "*adaLN_modulation*"),
     ("block norms", "blocks.*"),
-    ("embedders", "*"),
+    ("embedders and heads", "*"),
 )
 
 
@@ -27,38 +27,52 @@ class Parameters:
     """Counts.
 
     Attributes:
-        total: of the model.
-        by_part: what they belong to.
-        per_rank: of one tensor rank.
-        largest_block: of one block of one tensor rank: what ZeRO 3 gathers at a time.
+        whole: name → elements.
+        split: names of those that the tensor axis cuts.
     """
 
-    total: int
-    by_part: dict[str, int]
-    per_rank: int
-    largest_block: int
+    whole: dict[str, int]
+    split: frozenset[str]
+
+    @property
+    def total(self) -> int:
+        """Of the model."""
+        return sum(self.whole.values())
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """What they belong to."""
+        counts: Counter[str] = Counter()
+        for name, count in self.whole.items():
+            counts[next(part for part, pattern in PARTS if fnmatch(name, pattern))] += count
+        return dict(counts)
+
+    def per_rank(self, tensor: int) -> int:
+        """Of one of so many tensor ranks."""
+        return sum(self._own(name, tensor) for name in self.whole)
+
+    def largest_block(self, tensor: int) -> int:
+        """Of one block of a tensor rank: what ZeRO 3 gathers at a time."""
+        blocks: Counter[str] = Counter()
+        for name in self.whole:
+            if name.startswith("blocks."):
+                blocks[name.split(".")[1]] += self._own(name, tensor)
+        return max(blocks.values())
+
+    def _own(self, name: str, tensor: int) -> int:
+        return self.whole[name] // tensor if name in self.split else self.whole[name]
 
 
-def count_parameters(cfg: ModelConfig, tensor: int = 1) -> Parameters:
+def count_parameters(cfg: ModelConfig) -> Parameters:
     """Counts the parameters of a model that is never filled with numbers."""
     with torch.device("meta"):
         model = FlagDiT(cfg)
-    by_part: Counter[str] = Counter()
-    blocks: Counter[str] = Counter()
-    per_rank = 0
-    for name, p in model.named_parameters():
-        by_part[next(part for part, pattern in PARTS if fnmatch(name, pattern))] += p.numel()
-        own = p.numel() // tensor if _split(name, model.cfg) else p.numel()
-        per_rank += own
-        if name.startswith("blocks."):
-            blocks[name.split(".")[1]] += own
-    return Parameters(sum(by_part.values()), dict(by_part), per_rank, max(blocks.values()))
+    whole = {name: p.numel() for name, p in model.named_parameters()}
+    return Parameters(whole, frozenset(name for name in whole if _split(name, model.cfg)))
 
 
 def _split(name: str, cfg: ModelConfig) -> bool:
     for pattern, kind in TP_PLAN.items():
         if fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*"):
-            if kind == "row":
-                return not name.endswith(".bias")
             return kind in SPLIT or (kind == "qk_norm" and cfg.qk_norm == "layer")
     return False

@@ -1,22 +1,25 @@
 """Counts taken from the real model without computing anything: live memory under FakeTensors, FLOPs by torch's counter.
 
-The formulas of `memory.py` and `time.py` are held against these; `flagdit plan --trace` does it for a recipe. One rank's
-model is traced: tensor and context parallel ranks are not (benchmarks/memory_scaling.py measures those).
+The formulas of `memory.py` and `time.py` are held against these. The model of one process is traced; what tensor and
+context parallel ranks hold is measured by benchmarks/memory_scaling.py.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from flagdit.batch import PackedBatch, PackedText, Segment
+from flagdit.batch import PackedBatch, PackedText, Patches, Segment
 from flagdit.config.schema import ModelConfig
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.tokens import TokenSpec, pack
@@ -68,34 +71,34 @@ def traced_activations(cfg: ModelConfig, samples: list[Shape], text: list[int], 
         text: text tokens of each sample; empty without text.
         dtype: of parameters and activations.
     """
-    batch, spec_model = _batch(cfg, samples, text), cfg
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _model(spec_model, dtype)
-        gradients = _Freed(model)
-        batch = batch.to("cpu")
-        text_MY = batch.text and PackedText(batch.text.features_MY.to(dtype), batch.text.seqlens)
-        batch = PackedBatch(batch.segments, batch.layout, {}, text_MY, batch.labels_S)
-        x = {m: torch.empty(len(i), model.stems[m].in_features, dtype=dtype) for m, i in _indices(batch)}
-        t_S = torch.rand(len(samples))
+        model = _model(cfg, dtype)
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(_forget_gradient)
+        batch, x, t_S = _inputs(model, samples, text, dtype)
         with LiveBytes(model.parameters()) as live:
-            velocity = model(x, t_S, batch)
-            loss = torch.stack([v.float().square().mean() for v in velocity.values()]).sum()
-            del velocity
-            loss.backward()
-        del gradients
+            _loss(model(x, t_S, batch)).backward()
     return live.peak
 
 
-class _Freed:
-    """Drops each parameter's gradient as soon as it is there: they are counted elsewhere."""
+def traced_flops(cfg: ModelConfig, samples: list[Shape], text: list[int]) -> int:
+    """FLOPs of one forward and backward by torch's own counter, attention as plain products."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _model(cfg, torch.float32)
+        batch, x, t_S = _inputs(model, samples, text, torch.float32)
+        # The counter does not know torch's attention kernel for CPUs.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            _loss(model(x, t_S, batch)).backward()
+    return counter.get_total_flops()
 
-    def __init__(self, model: torch.nn.Module):
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(self._drop)
 
-    @staticmethod
-    def _drop(p: Tensor) -> None:
-        p.grad = None
+def _loss(velocity: Patches) -> Tensor:
+    return torch.stack([v.float().square().mean() for v in velocity.values()]).sum()
+
+
+def _forget_gradient(p: Tensor) -> None:
+    """They are counted elsewhere."""
+    p.grad = None
 
 
 def _model(cfg: ModelConfig, dtype: torch.dtype) -> FlagDiT:
@@ -107,12 +110,26 @@ def _model(cfg: ModelConfig, dtype: torch.dtype) -> FlagDiT:
         torch.set_default_dtype(before)
 
 
-def _batch(cfg: ModelConfig, samples: list[Shape], text: list[int]) -> PackedBatch:
+def _inputs(
+    model: FlagDiT, samples: list[Shape], text: list[int], dtype: torch.dtype
+) -> tuple[PackedBatch, Patches, Tensor]:
+    """A pack, its noised patches and its times; to be called under FakeTensorMode."""
+    cfg = model.cfg
     segments = [Segment(i, modality, shape) for i, (modality, shape) in enumerate(samples)]
-    packed = PackedText(torch.empty(sum(text), cfg.text_dim), tuple(text)) if cfg.text_dim else None
-    labels = [0] * len(samples) if cfg.num_classes else None
-    return pack(segments, None, TokenSpec.from_model(cfg), text=packed, labels=labels)
-
-
-def _indices(batch: PackedBatch) -> list[tuple[str, Tensor]]:
-    return list(batch.layout.patch_index.items())
+    features_MY = torch.empty(sum(text), cfg.text_dim, dtype=dtype)
+    with unset_fake_temporarily():
+        batch = pack(
+            segments,
+            None,
+            TokenSpec.from_model(cfg),
+            text=PackedText(torch.empty(sum(text), 0), tuple(text)) if cfg.text_dim else None,
+            labels=[0] * len(samples) if cfg.num_classes else None,
+        )
+    batch = batch.to("cpu")
+    if batch.text is not None:
+        batch = replace(batch, text=replace(batch.text, features_MY=features_MY))
+    x = {
+        modality: torch.empty(len(index), model.stems[modality].in_features, dtype=dtype)
+        for modality, index in batch.layout.patch_index.items()
+    }
+    return batch, x, torch.rand(len(samples))

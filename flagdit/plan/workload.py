@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from flagdit.config.schema import ModelConfig, ParallelConfig, Recipe
 from flagdit.config.validate import parse_size
-from flagdit.errors import RecipeError
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, num_tokens
+from flagdit.parallel.mesh import check_mesh
 
 AUTOENCODER_FACTOR = 8
 """Pixels per latent where only the autoencoder's folder could tell: that of the common picture autoencoders."""
@@ -83,22 +83,10 @@ def workload_of(recipe: Recipe, gpus: int, sample_tokens: int = 0, text_tokens: 
         RecipeError: the mesh does not divide the GPUs, or the batch not the data ranks.
     """
     p, m = recipe.parallel, resolve(recipe.model)
-    together = p.tensor * p.context
-    if gpus % together:
-        raise RecipeError(
-            f"--gpus {gpus} is not a multiple of parallel.tensor={p.tensor} times parallel.context={p.context}",
-            fix=f"Try --gpus {max(gpus // together, 1) * together} or {(gpus // together + 1) * together}.",
-        )
-    data = gpus // together
+    check_mesh(replace(recipe, model=m), gpus)
     patches, special = sample_of(recipe, m)
     length = sample_tokens or patches + special
-    packs = data * recipe.train.accumulation
-    if recipe.data.batch_size % packs:
-        raise RecipeError(
-            f"data.batch_size={recipe.data.batch_size} is not a multiple of {data} data ranks times "
-            f"train.accumulation={recipe.train.accumulation}",
-            fix=f"Try data.batch_size={-(-recipe.data.batch_size // packs) * packs}.",
-        )
+    packs = gpus // (p.tensor * p.context) * recipe.train.accumulation
     samples = recipe.data.batch_size // packs
     return Workload(
         model=m,
