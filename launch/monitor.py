@@ -174,7 +174,9 @@ def last_error(run: Path) -> str | None:
         for line in reversed(_tail(file).splitlines()):
             if ERROR.match(line.strip()):
                 return f"{file.name}: {line.strip()}"
-    return None
+    own = sorted(folder.glob("slurm_*.out"), key=lambda p: p.stat().st_mtime)
+    lines = _tail(own[-1]).split("\n") if own else []
+    return next((f"{own[-1].name}: {line}" for line in reversed(lines) if line.strip()), None)
 
 
 def _jobs(run: Path) -> Iterator[tuple[str, dict[str, str]]]:

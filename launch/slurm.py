@@ -211,7 +211,7 @@ def _common(c: ClusterConfig, name: str) -> list[str]:
 
 
 def _environment(c: ClusterConfig, per_node: int) -> dict:
-    cache = f"{c.cache}/$USER"
+    cache = f"{c.cache}/$(id -u)"
     variables = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",

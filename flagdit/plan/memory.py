@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flagdit.config.schema import ModelConfig
 from flagdit.model.sizes import resolve
-from flagdit.parallel.zero import BUCKET
+from flagdit.parallel.deepspeed import BUCKET
 from flagdit.plan.parameters import Parameters
 from flagdit.plan.workload import Workload
 
@@ -56,7 +56,7 @@ def memory_of(work: Workload, parameters: Parameters) -> Memory:
     n = work.shards
     stage = p.zero if work.gpus > 1 else 0
     bucket = min(BUCKET, own)
-    weights, gradients, communication = w * own, FP32 * own, 0.0
+    weights, gradients, communication = float(w * own), float(FP32 * own), 0.0
     masters = FP32 * own if w < FP32 or stage else 0
     if stage:
         # One bucket is filled while the one before travels, in fp32; gathered weights in their own type.

@@ -129,7 +129,7 @@ def _inputs(
     if batch.text is not None:
         batch = replace(batch, text=replace(batch.text, features_MY=features_MY))
     x = {
-        modality: torch.empty(len(index), model.stems[modality].in_features, dtype=dtype)
+        modality: torch.empty(len(index), model.patch_dims[modality], dtype=dtype)
         for modality, index in batch.layout.patch_index.items()
     }
     return batch, x, torch.rand(len(samples))

@@ -65,10 +65,6 @@ class Workload:
     def tokens_per_step(self) -> int:
         return self.tokens * self.data * self.accumulation
 
-    def on(self, gpus: int, **mesh: int) -> Workload:
-        """The same pack on another mesh."""
-        return replace(self, gpus=gpus, parallel=replace(self.parallel, **mesh))
-
 
 def workload_of(recipe: Recipe, gpus: int, sample_tokens: int = 0, text_tokens: int = 0) -> Workload:
     """What a recipe gives each rank.
