@@ -330,6 +330,9 @@ def launch_local(
 def launch_slurm(
     recipe: RecipeName,
     overrides: Overrides = None,
+    profile: Annotated[
+        Optional[list[str]], typer.Option(help="A cluster's recipe, such as clusters/h100_ib; may be repeated.")
+    ] = None,
     submit: Annotated[
         bool, typer.Option("--submit/--dry-run", help="Submit the job, or print its script and stop.")
     ] = False,
@@ -340,11 +343,18 @@ def launch_slurm(
 
     \b
     Example:
-      flagdit launch slurm t2i/5b cluster.account=vision --dry-run
+      flagdit launch slurm t2i/5b --profile clusters/h100_ib cluster.account=vision --dry-run
     """
-    from flagdit.launch.slurm import launch_training
+    from dataclasses import replace
 
-    launch_training(recipe, overrides or [], submit=submit, tell=typer.echo)
+    from flagdit.launch.slurm import launch_training
+    from flagdit.model.sizes import resolve
+    from flagdit.parallel.mesh import check_mesh
+
+    def check(loaded: Any, ranks: int) -> None:
+        check_mesh(replace(loaded, model=resolve(loaded.model)), ranks)
+
+    launch_training(recipe, overrides or [], profile or [], check=check, submit=submit, tell=typer.echo)
 
 
 @launch_app.command("encode")
@@ -353,6 +363,7 @@ def launch_encode(
     recipe: Annotated[str, typer.Option(help="Its codec, text and cluster blocks say how and where.")],
     out: Annotated[Path, typer.Option(help="Folder that gets an encoded data set of each source's name.")],
     override: Annotated[Optional[list[str]], typer.Option(help="A recipe key to change; may be repeated.")] = None,
+    profile: Annotated[Optional[list[str]], typer.Option(help="A cluster's recipe; may be repeated.")] = None,
     submit: Annotated[
         bool, typer.Option("--submit/--dry-run", help="Submit the array, or print its script and stop.")
     ] = False,
@@ -367,7 +378,7 @@ def launch_encode(
     """
     from flagdit.launch.slurm import launch_encoding
 
-    launch_encoding(recipe, override or [], sources, out, submit=submit, tell=typer.echo)
+    launch_encoding(recipe, override or [], profile or [], sources, out, submit=submit, tell=typer.echo)
 
 
 @app.command()

@@ -105,8 +105,22 @@ def render_encoding(recipe: Recipe, sources: Sequence[Path], out: Path) -> str:
     )
 
 
-def launch_training(name: str, overrides: Sequence[str], *, submit: bool, tell: Callable[[str], None]) -> str | None:
+def launch_training(
+    name: str,
+    overrides: Sequence[str],
+    profiles: Sequence[str] = (),
+    *,
+    check: Callable[[Recipe, int], None] = lambda recipe, ranks: None,
+    submit: bool,
+    tell: Callable[[str], None],
+) -> str | None:
     """Renders, and submits if asked to.
+
+    Args:
+        name, overrides, profiles: as `load_recipe` takes them.
+        check: looks at the recipe and the number of its ranks; raises what is wrong.
+        submit: to the queue; else `tell` gets the script.
+        tell: gets lines for people.
 
     Returns:
         The id of the (last) job; None without submission, when `tell` got the script.
@@ -115,7 +129,8 @@ def launch_training(name: str, overrides: Sequence[str], *, submit: bool, tell: 
         RecipeError: the recipe or its cluster block is wrong.
         LaunchError: there is no SLURM here, or it refuses the job.
     """
-    recipe = checked(load_recipe(name, overrides))
+    recipe = checked(load_recipe(name, overrides, profiles))
+    check(recipe, ranks_of(recipe))
     folder = (Path(recipe.run_dir) / recipe.name).absolute()
     script = render_training(recipe, folder)
     if not submit:
@@ -142,6 +157,7 @@ def launch_training(name: str, overrides: Sequence[str], *, submit: bool, tell: 
 def launch_encoding(
     name: str,
     overrides: Sequence[str],
+    profiles: Sequence[str],
     sources: Sequence[Path],
     out: Path,
     *,
@@ -149,7 +165,7 @@ def launch_encoding(
     tell: Callable[[str], None],
 ) -> str | None:
     """The same for an array of encodings. `sources` are raw data sets; `out` gets an encoded one of each's name."""
-    recipe = checked(load_recipe(name, overrides))
+    recipe = checked(load_recipe(name, overrides, profiles))
     names = [source.name for source in sources]
     if not sources or len(set(names)) < len(names):
         raise LaunchError("give raw data sets with different folder names", fix="Each becomes OUT/its name.")
@@ -211,7 +227,7 @@ def _common(c: ClusterConfig, name: str) -> list[str]:
 
 
 def _environment(c: ClusterConfig, per_node: int) -> dict:
-    cache = f"{c.cache}/$(id -u)"
+    cache = f"{c.cache}/$UID"
     variables = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
