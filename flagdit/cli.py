@@ -158,6 +158,33 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs will be; its file system is measured.")] = Path("runs"),
+) -> None:
+    """Look at this machine: versions, GPUs, NCCL, attention backends, compilers, disk; say what is wrong.
+
+    \b
+    Example:
+      flagdit doctor /scratch/runs
+    """
+    import torch
+    from rich.console import Console
+
+    from flagdit.launch.doctor import examine, table_of
+    from flagdit.model.attention_backends.choose import BACKENDS
+
+    def backends() -> dict[str, Optional[str]]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return {backend.name: backend.refusal(device, dtype, 128, lse=False) for backend in BACKENDS}
+
+    findings = examine(folder, backends)
+    Console().print(table_of(findings), highlight=False)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
