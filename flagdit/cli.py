@@ -157,6 +157,73 @@ def report(run: RunFolder) -> None:
     typer.echo(str(write_report(run)))
 
 
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs will be; its file system is measured.")] = Path("runs"),
+) -> None:
+    """Look at this machine: versions, GPUs, NCCL, attention backends, compilers, disk; say what is wrong.
+
+    \b
+    Example:
+      flagdit doctor /scratch/runs
+    """
+    import torch
+    from rich.console import Console
+
+    from flagdit.launch.doctor import examine, table_of
+    from flagdit.model.attention_backends.choose import BACKENDS
+
+    def backends() -> dict[str, Optional[str]]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return {backend.name: backend.refusal(device, dtype, 128, lse=False) for backend in BACKENDS}
+
+    findings = examine(folder, backends)
+    Console().print(table_of(findings), highlight=False)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        Optional[int], typer.Option(min=1, help="GPUs of the run; the cluster's, or one mesh, if not given.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200 or b200.")] = "h100",
+    sample_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a sample; 0: by the size in `sample`.")] = 0,
+    text_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a caption; 0: text.max_length.")] = 0,
+    search: Annotated[bool, typer.Option("--search", help="Rank all meshes of these GPUs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Also draw memory and time by mesh into this file.")] = None,
+) -> None:
+    """Say what a recipe costs before it runs.
+
+    Parameters, FLOPs, memory by kind, traffic, time and MFU, and whether it fits; without a GPU. docs/plan.md has the
+    formulas.
+
+    \b
+    Example:
+      flagdit plan t2v/7b_128k --gpus 64 --gpu h100 --search
+    """
+    from rich.console import Console
+
+    from flagdit.config.load import load_recipe
+    from flagdit.plan import report
+
+    loaded = load_recipe(recipe, overrides or [])
+    made = report.make_plan(
+        loaded, gpu=gpu, gpus=gpus or 0, sample_tokens=sample_tokens, text_tokens=text_tokens, search=search
+    )
+    if plot:
+        report.plot(made, plot)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(made)))
+    else:
+        report.show(made, Console(), searched=search)
+
+
 @build_app.command("emoji")
 def build_emoji(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
@@ -284,6 +351,130 @@ def launch_local(
     from flagdit.launch.local import train_locally
 
     sys.exit(train_locally(recipe, overrides or [], ranks, typer.echo))
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    profile: Annotated[
+        Optional[list[str]], typer.Option(help="A cluster's recipe, such as clusters/h100_ib; may be repeated.")
+    ] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit/--dry-run", help="Submit the job, or print its script and stop.")
+    ] = False,
+) -> None:
+    """Write the sbatch script of a recipe's `cluster` block, and submit it.
+
+    Everything is checked first, and SLURM is asked with --test-only. Without --submit the script is printed.
+
+    \b
+    Example:
+      flagdit launch slurm t2i/5b --profile clusters/h100_ib cluster.account=vision --dry-run
+    """
+    from dataclasses import replace
+
+    from flagdit.launch.slurm import launch_training
+    from flagdit.model.sizes import resolve
+    from flagdit.parallel.mesh import check_mesh
+
+    def check(loaded: Any, ranks: int) -> None:
+        check_mesh(replace(loaded, model=resolve(loaded.model)), ranks)
+
+    launch_training(recipe, overrides or [], profile or [], check=check, submit=submit, tell=typer.echo)
+
+
+@launch_app.command("encode")
+def launch_encode(
+    sources: Annotated[list[Path], typer.Argument(help="Raw data sets, one array task each.")],
+    recipe: Annotated[str, typer.Option(help="Its codec, text and cluster blocks say how and where.")],
+    out: Annotated[Path, typer.Option(help="Folder that gets an encoded data set of each source's name.")],
+    override: Annotated[Optional[list[str]], typer.Option(help="A recipe key to change; may be repeated.")] = None,
+    profile: Annotated[Optional[list[str]], typer.Option(help="A cluster's recipe; may be repeated.")] = None,
+    submit: Annotated[
+        bool, typer.Option("--submit/--dry-run", help="Submit the array, or print its script and stop.")
+    ] = False,
+) -> None:
+    """Encode data sets as a SLURM array.
+
+    A task that is preempted continues where it was.
+
+    \b
+    Example:
+      flagdit launch encode raw/part-00 raw/part-01 --recipe t2i/5b --out encoded --dry-run
+    """
+    from flagdit.launch.slurm import launch_encoding
+
+    launch_encoding(recipe, override or [], profile or [], sources, out, submit=submit, tell=typer.echo)
+
+
+@app.command()
+def status(
+    runs: Annotated[Optional[list[Path]], typer.Argument(help="Run folders.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All runs of --run-dir.")] = False,
+    run_dir: Annotated[Path, typer.Option(help="Folder of runs, for --all.")] = Path("runs"),
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and refresh every few seconds.")] = False,
+) -> None:
+    """Show how runs are doing: queue, restarts, step, throughput, checkpoint, time left, last error.
+
+    \b
+    Example:
+      flagdit status runs/quickstart --watch
+    """
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from flagdit.launch.monitor import all_runs, table_of
+
+    def table() -> Any:
+        return table_of(all_runs(run_dir) if everything else runs or [])
+
+    if not everything and not runs:
+        raise RecipeError("flagdit status needs run folders or --all")
+    if not watch:
+        Console().print(table(), highlight=False)
+        return
+    with Live(table(), auto_refresh=False) as live:
+        while True:
+            time.sleep(5)
+            live.update(table(), refresh=True)
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[Optional[int], typer.Option(min=0, help="Rank; the job's own log if not given.")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="Last lines to show.")] = 50,
+    on: Annotated[bool, typer.Option("--follow", help="Show new lines as they come.")] = False,
+) -> None:
+    """Show what a rank, or the job's script, wrote.
+
+    \b
+    Example:
+      flagdit logs runs/quickstart --rank 3 --follow
+    """
+    from flagdit.launch.monitor import follow, log_files
+
+    for file in log_files(run, rank):
+        follow(file, lines, on, typer.echo)
+
+
+@app.command()
+def stop(
+    run: RunFolder,
+    seconds: Annotated[float, typer.Option(min=0, help="Wait so long for the job to leave.")] = 600,
+) -> None:
+    """Stop a run's SLURM job: it saves first and is not queued again.
+
+    \b
+    Example:
+      flagdit stop runs/quickstart
+    """
+    from flagdit.launch import monitor
+
+    monitor.stop(run, seconds, typer.echo)
 
 
 @recipe_app.command("show")

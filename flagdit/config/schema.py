@@ -7,25 +7,14 @@ others, and the place that reads it.
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Optional
+
+from flagdit.config.fields import block, key
+from flagdit.config.schema_cluster import ClusterConfig
 
 Texts = list[str]
 Numbers = list[float]
-
-
-def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A recipe key: default, one line of meaning with its unit, and the rules that one value can be held to."""
-    metadata = {"doc": doc, "choices": choices, "at_least": at_least}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def block(cls: type) -> Any:
-    """A nested group of keys."""
-    return field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").strip().splitlines()[0]})
 
 
 @dataclass(frozen=True)
@@ -299,3 +288,4 @@ class Recipe:
     sample: SampleConfig = block(SampleConfig)
     checkpoint: CheckpointConfig = block(CheckpointConfig)
     log: LogConfig = block(LogConfig)
+    cluster: ClusterConfig = block(ClusterConfig)

@@ -157,6 +157,12 @@ def mesh_problems(recipe: Recipe, world: int) -> Iterator[Problem]:
                 f"parallel.tensor={p.tensor} must divide model.{key}={value}; "
                 f"{nearest_values(p.tensor, divisors(value))}",
             )
+    if p.context % p.ring:
+        yield Problem(
+            ("parallel.ring", "parallel.context"),
+            f"parallel.ring={p.ring} must divide parallel.context={p.context}; "
+            f"{nearest_values(p.ring, divisors(p.context))}",
+        )
     ulysses, heads = p.context // p.ring, m.num_heads // p.tensor
     if p.context % p.ring == 0 and m.num_heads % p.tensor == 0 and heads % ulysses:
         yield Problem(

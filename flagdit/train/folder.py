@@ -9,6 +9,7 @@ runs/NAME/
     samples/            step_00001000.png … picture grids
     wandb/              offline files for `wandb sync`
     logs/               what each rank wrote, where `flagdit launch` started it
+    slurm/              what `flagdit launch slurm` submitted, and what became of it
     report.html         the page about the run
 """
 
@@ -29,7 +30,7 @@ from flagdit.config.load import diff, load_recipe, to_yaml
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError, RecipeError
 
-BEFORE_THE_RUN = (".lock", "logs")
+BEFORE_THE_RUN = (".lock", "logs", "slurm")
 """What a folder may hold before it is a run."""
 
 FREE_KEYS = (
@@ -57,6 +58,7 @@ FREE_KEYS = (
     "sample.",
     "checkpoint.",
     "log.",
+    "cluster.",
 )
 """Keys that may change when a run is continued: they decide how long and where it trains, and what is watched and kept.
 A name with a dot at its end stands for the whole block. Folders may move: what is in them is compared instead, the data
