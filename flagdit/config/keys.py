@@ -20,6 +20,7 @@ _MEANINGS = {
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
     dict[str, int]: "a mapping of names to whole numbers",
+    dict[str, float]: "a mapping of names to numbers",
 }
 
 
