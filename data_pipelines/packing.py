@@ -79,9 +79,8 @@ def _deal_long(
 
 def _fill(lengths: np.ndarray, order: np.ndarray, made: list[list[int]], room: list[int]) -> list[int]:
     """Fills pack after pack with the longest samples that still fit (first-fit decreasing); returns who is left."""
-    waiting: dict[int, list[int]] = {}
-    for sample, n in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        waiting.setdefault(n, []).append(sample)
+    starts = np.flatnonzero(np.diff(lengths[order], prepend=-1))
+    waiting = {int(lengths[same[0]]): same.tolist() for same in np.split(order, starts[1:]) if len(same)}
     sizes = sorted(waiting)
     # Packs with little room come first: they have the fewest ways to be filled.
     for i in sorted(range(len(made)), key=room.__getitem__):

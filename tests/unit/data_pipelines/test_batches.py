@@ -106,8 +106,8 @@ def test_held_out_samples_stay_out(sets):
 def test_faults_are_named(sets, tmp_path):
     with pytest.raises(RecipeError, match=r"clips: data\.pack_tokens=72 is less than the 77 tokens.*Set it to 77"):
         batches(sets, pack_tokens=72)
-    with pytest.raises(RecipeError, match=r"batch_size=300, of which this set gives 60, .*has 40 samples.*Try 200"):
-        batches(sets, batch_size=300)
+    with pytest.raises(RecipeError, match=r"batch_size=210, of which this set gives 42, .*has 40 samples.*Try 200"):
+        batches(sets, batch_size=210)
     with pytest.raises(RecipeError, match=r"data\.sets\..*small=0 is less than 1/1000"):
         Mixture({**sets, list(sets)[1]: 0.0})
     with pytest.raises(DataError, match="there is no such folder"):
@@ -140,17 +140,23 @@ print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAG
 """
 
 
+@pytest.fixture(scope="module")
+def giant(tmp_path_factory) -> Path:
+    return giant_index(tmp_path_factory.mktemp("giant"), 10_000_000)
+
+
 @pytest.mark.parametrize("pack_tokens", [0, 4096])
-def test_continuing_at_sample_ten_million_takes_no_time_and_little_memory(tmp_path: Path, pack_tokens: int):
-    folder = giant_index(tmp_path / "giant", 10_000_000)
+def test_continuing_at_sample_ten_million_takes_no_time_and_little_memory(giant, tmp_path: Path, pack_tokens: int):
     (tmp_path / "tests_synthetic.py").write_text((Path(__file__).parent / "synthetic.py").read_text())
     best = [9.0, 9.0, 0]
     for _ in range(3):  # other processes may hold the machine: the best of three
         done = subprocess.run(
-            [sys.executable, "-c", CONTINUE, str(folder), str(pack_tokens)], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", CONTINUE, str(giant), str(pack_tokens)], capture_output=True, text=True, check=True,
             env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}", "OMP_NUM_THREADS": "1", "PATH": ""},
         )  # fmt: skip
         best = min(best, json.loads(done.stdout))
+        if best[0] < 1:
+            break
     seconds, gib, samples = best
     assert seconds < 1 and gib < 1, (seconds, gib)
     assert samples == 256 or (pack_tokens and samples > 20_000)
