@@ -10,7 +10,8 @@ from flagdit.data_pipelines.index import Dataset
 from flagdit.data_pipelines.shards import Sample, npy_bytes
 from flagdit.data_pipelines.writer import DatasetWriter
 
-SHAPES = ((2, 1, 4, 4), (2, 1, 4, 8), (2, 1, 8, 4), (2, 1, 8, 8))
+PIXELS = {"kind": "pixels", "channels": 3, "factor": 1}
+SHAPES = ((3, 1, 4, 4), (3, 1, 4, 8), (3, 1, 8, 4), (3, 1, 8, 8))
 
 
 def make_set(
@@ -41,14 +42,14 @@ def make_set(
                 samples.append(Sample(f"{split}{i:05d}", files, shape, 0, i % 3))
             writer.put(name, samples)
             names.append(name)
-    info = {"kind": "encoded", "modality": modality, "source": "noise", "licence": "", "codec": {"kind": "pixels"}}
+    info = {"kind": "encoded", "modality": modality, "source": "noise", "licence": "", "codec": PIXELS}
     return writer.finish({**info, "text": None, "channels": shapes[0][0], "factor": 1}, names, [])
 
 
 def recipe_for(sets: dict[str, float], *, accumulation: int = 1, patch_size: int = 2, **data: object) -> Recipe:
     """A recipe that trains on such sets."""
     return Recipe(
-        model=ModelConfig(modalities={"image": 2, "video": 2}, patch_size=patch_size, text_dim=0),
+        model=ModelConfig(modalities={"image": 3, "video": 3}, patch_size=patch_size, text_dim=0),
         data=DataConfig(sets=sets, **data),  # type: ignore[arg-type]
         train=TrainConfig(accumulation=accumulation, device="cpu"),
     )

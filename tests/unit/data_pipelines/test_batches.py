@@ -22,7 +22,7 @@ def sets(tmp_path_factory) -> dict[str, float]:
     root = tmp_path_factory.mktemp("sets")
     make_set(root / "large", 150, heldout=10)
     make_set(root / "small", 40, seed=1)
-    make_set(root / "clips", 60, modality="video", shapes=((2, 3, 4, 4), (2, 7, 4, 8)), seed=2)
+    make_set(root / "clips", 60, modality="video", shapes=((3, 3, 4, 4), (3, 7, 4, 8)), seed=2)
     return {str(root / "large"): 5, str(root / "small"): 2, str(root / "clips"): 3}
 
 
