@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from itertools import product
 
 import pytest
 
@@ -10,9 +11,8 @@ from flagdit.data_pipelines.loader import build_loader
 
 from .synthetic import make_set, recipe_for
 
-LAYOUTS = [
-    (ranks, workers, accumulation) for ranks in (1, 2, 3, 4, 8) for workers in (0, 1, 3) for accumulation in (1, 3)
-]
+LAYOUTS = list(product((1, 2, 3, 4, 8), (0, 1, 3), (1, 2)))
+"""Ranks, loader processes of each, accumulation."""
 BATCH, SAMPLES = 48, 144
 TWO_EPOCHS = 2 * SAMPLES // BATCH
 
