@@ -34,10 +34,6 @@ app = typer.Typer(
 data_app = typer.Typer(
     help="Build, encode and inspect data sets.\n\n\b\nExample:\n  flagdit data stats data/quickstart/encoded", **PLAIN
 )
-build_app = typer.Typer(
-    help="Pack pictures and captions into a data set.\n\n\b\nExample:\n  flagdit data build emoji data/emoji --size 64",
-    **PLAIN,
-)
 launch_app = typer.Typer(
     help="Start training on many devices.\n\n\b\nExample:\n  flagdit launch local quickstart --ranks 2", **PLAIN
 )
@@ -45,7 +41,6 @@ recipe_app = typer.Typer(help="Look at recipes.\n\n\b\nExample:\n  flagdit recip
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(launch_app, name="launch")
-data_app.add_typer(build_app, name="build")
 
 
 @app.command()
@@ -157,61 +152,33 @@ def report(run: RunFolder) -> None:
     typer.echo(str(write_report(run)))
 
 
-@build_app.command("emoji")
-def build_emoji(
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    size: Annotated[int, typer.Option(help="Side in pixels; other shapes have about the same area.")] = 32,
-    multiple: Annotated[int, typer.Option(help="Rows and columns are multiples of this; 0: by the size.")] = 0,
-    styles: Annotated[str, typer.Option(help="Drawing styles, comma-separated: twemoji, openmoji.")] = "twemoji",
-    limit: Annotated[int, typer.Option(help="Subjects; 0: all.")] = 0,
-    holdout: Annotated[float, typer.Option(help="Share of (subject, style) pairs that training never sees.")] = 0.0,
-    aspects: Annotated[str, typer.Option(help="Shapes of the canvas, comma-separated: 1:1, 3:2, 2:3.")] = "1:1",
-    seed: Annotated[int, typer.Option(help="Chooses subjects and held-out pairs.")] = 0,
+@data_app.command(
+    "build",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def build(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(help="What to pack; --help lists the kinds.")] = "",
+    recipe: Annotated[Optional[str], typer.Option(help="Its limits block says what a sample may be.")] = None,
     max_bad: MaxBad = 0.1,
     shard_samples: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
 ) -> None:
-    """Pack emoji, with their names as captions.
-
-    They come from installed packages, in one or two drawing styles.
+    """Pack media and captions into a data set. `--help` lists the kinds, `KIND --help` their options.
 
     \b
     Example:
       flagdit data build emoji data/emoji --size 64 --styles twemoji,openmoji --aspects 1:1,3:2,2:3
     """
-    from flagdit.data_pipelines.build import build_dataset
+    from flagdit.data_pipelines.build import build_from_words
 
-    options: dict[str, Any] = {"size": size, "multiple": multiple, "limit": limit, "holdout": holdout, "seed": seed}
-    options |= {"styles": styles.split(","), "aspects": aspects.split(",")}
-    build_dataset("emoji", out, shard_samples=shard_samples, max_bad=max_bad, overwrite=overwrite, **options)
+    rest: dict[str, Any] = {"shard_samples": shard_samples, "max_bad": max_bad, "overwrite": overwrite}
+    if recipe:
+        from flagdit.config.load import load_recipe
 
-
-@build_app.command("folder")
-def build_folder(
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    source: Annotated[
-        Path, typer.Option("--from", help="Folder of pictures with NAME.txt, NAME.json or captions.jsonl.")
-    ],
-    size: Annotated[int, typer.Option(help="Side in pixels of the square whose area no picture exceeds.")] = 256,
-    multiple: Annotated[int, typer.Option(help="Rows and columns are multiples of this; 0: by the size.")] = 0,
-    holdout: Annotated[float, typer.Option(help="Share of pictures that training never sees.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Chooses the held-out pictures.")] = 0,
-    max_bad: MaxBad = 0.1,
-    shard_samples: Annotated[int, typer.Option(help="Samples per shard.")] = 1000,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
-) -> None:
-    """Pack your own pictures and captions.
-
-    Aspect ratios are kept.
-
-    \b
-    Example:
-      flagdit data build folder data/mine --from ~/pictures --size 256
-    """
-    from flagdit.data_pipelines.build import build_dataset
-
-    options: dict[str, Any] = {"src": source, "size": size, "multiple": multiple, "holdout": holdout, "seed": seed}
-    build_dataset("folder", out, shard_samples=shard_samples, max_bad=max_bad, overwrite=overwrite, **options)
+        rest["limits"] = load_recipe(recipe).limits
+    build_from_words(kind, context.args, **rest)
 
 
 @data_app.command("encode")
