@@ -58,6 +58,11 @@ class Encoded:
     label: int
 
 
+def text_member(number: int) -> str:
+    """Ending of the file with the features of a sample's number-th caption."""
+    return f"text{number or ''}.npy"
+
+
 class Dataset:
     """A complete data set. Picklable; workers open it again by its path.
 
@@ -184,8 +189,11 @@ class Dataset:
         except DataError as error:
             raise DataError(str(error), where=f"sample {self.key(sample_id)}") from error
 
-    def read(self, sample_id: int) -> Encoded:
+    def read(self, sample_id: int, turn: int = 0) -> Encoded:
         """One sample of an encoded data set, its latent and features as fp32 tensors of their own memory.
+
+        Args:
+            turn: of several captions, which; counts on beyond the last.
 
         Raises:
             DataError: unreadable, changed since it was written, not as its index row says, or not finite.
@@ -193,11 +201,15 @@ class Dataset:
         members, where = self.members(sample_id), f"sample {self.key(sample_id)}"
         try:
             latent = _tensor(members["latent.npy"])
-            text = _tensor(members["text.npy"]) if self.text is not None else None
-            caption = bytes(members["txt"]).decode()
+            caption, number = bytes(members["txt"]).decode(), 0
+            if turn and b"captions" in (about := bytes(members["json"])):
+                captions = [caption, *json.loads(about).get("captions", [])]
+                number = turn % len(captions)
+                caption = captions[number]
+            text = _tensor(members[text_member(number)]) if self.text is not None else None
         except KeyError as error:
             raise DataError(f"has no {error.args[0]}", where=where) from error
-        except (DataError, UnicodeDecodeError) as error:
+        except (DataError, ValueError, TypeError, AttributeError) as error:
             raise DataError(str(error), where=where) from error
         if tuple(latent.shape) != self.shape(sample_id):
             raise DataError(

@@ -75,10 +75,10 @@ class Mixture:
         member = self.members[bisect_right(self._firsts, sample_id) - 1]
         return member.dataset, sample_id - member.first_id
 
-    def read(self, sample_id: int) -> Encoded:
-        """One sample; see `Dataset.read`."""
+    def read(self, sample_id: int, epoch: int = 0) -> Encoded:
+        """One sample; of several captions, every epoch takes another one. See `Dataset.read`."""
         dataset, local = self.of(sample_id)
-        return dataset.read(local)
+        return dataset.read(local, epoch + local)
 
     def key(self, sample_id: int) -> str:
         """The sample's name for people: "shard/member", after the data set's folder where there are several."""

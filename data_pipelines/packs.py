@@ -73,7 +73,7 @@ class PackReader(TorchDataset):
                 samples, epochs = [], []
                 for sample_id, epoch in zip(part.ids.tolist(), part.epochs.tolist(), strict=True):
                     try:
-                        samples.append((sample_id, self.mixture.read(sample_id)))
+                        samples.append((sample_id, self.mixture.read(sample_id, epoch)))
                         epochs.append(epoch)
                     except DataError as error:
                         loaded.bad.append(BadSample(k, sample_id, self.mixture.key(sample_id), error.what))

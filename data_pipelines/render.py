@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -67,9 +67,9 @@ def _view(surface: Surface, azimuth: float, elevation: float, side: int) -> Imag
 PRIMITIVES = ("cube", "ball", "can", "card", "pyramid")
 
 
-def primitive(shape: str, texture: Image.Image, points: int = POINTS) -> Surface:
-    """A simple solid with a picture on its sides."""
-    u, v, face = _spread(points)
+def primitive(shape: str, texture: Image.Image, side: int) -> Surface:
+    """A simple solid with a picture on its sides, with enough points for views of so many pixels."""
+    u, v, face = _spread(min(POINTS, 4000 + 14 * side * side))
     s, t = 2 * u - 1, 2 * v - 1
     one, zero = np.ones_like(u), np.zeros_like(u)
     if shape == "ball":
@@ -80,15 +80,14 @@ def primitive(shape: str, texture: Image.Image, points: int = POINTS) -> Surface
         return Surface(p, p, _paint(texture, (u * 2) % 1, np.arccos(-height) / math.pi))
     if shape == "can":
         angle = u * 2 * math.pi
-        lid = face >= 4
-        side = np.stack([0.7 * np.sin(angle), 0.75 * t, 0.7 * np.cos(angle)], 1)
+        lid = (face >= 4)[:, None]
+        wall = np.stack([0.7 * np.sin(angle), 0.75 * t, 0.7 * np.cos(angle)], 1)
         radius = 0.7 * np.sqrt(v)
         top = np.stack([radius * np.sin(angle), np.where(face == 4, 0.75, -0.75), radius * np.cos(angle)], 1)
-        normals = np.where(
-            lid[:, None], np.stack([zero, one, zero], 1), np.stack([np.sin(angle), zero, np.cos(angle)], 1)
-        )
-        colours = np.where(lid[:, None], np.array(PLAIN), _paint(texture, (u * 2) % 1, v))
-        return Surface(np.where(lid[:, None], top, side), normals, colours)
+        around = np.stack([np.sin(angle), zero, np.cos(angle)], 1)
+        normals = np.where(lid, np.stack([zero, one, zero], 1), around)
+        colours = np.where(lid, np.array(PLAIN), _paint(texture, (u * 2) % 1, v))
+        return Surface(np.where(lid, top, wall), normals, colours)
     if shape == "card":
         p = np.stack([np.where(face % 2, s, -s) * 0.8, t * 0.8, np.where(face % 2, 0.06, -0.06)], 1)
         return Surface(p, np.stack([zero, zero, one], 1), _paint(texture, u, v))
@@ -99,9 +98,10 @@ def primitive(shape: str, texture: Image.Image, points: int = POINTS) -> Surface
         n = _turned(np.stack([zero, 0.5 * one, 0.85 * one], 1), turn)
         return Surface(p, n, _paint(texture, (s * (1 - v) + 1) / 2, v))
     assert shape == "cube", f"no primitive {shape}"
-    side, lid = np.stack([s, t, one], 1) * 0.58, np.stack([s, np.where(face == 4, 1.0, -1.0), t], 1) * 0.58
-    p = np.where((face >= 4)[:, None], lid, _turned(side, turn))
-    n = np.where((face >= 4)[:, None], np.stack([zero, one, zero], 1), _turned(np.stack([zero, zero, one], 1), turn))
+    flat = (face >= 4)[:, None]
+    ends = np.stack([s, np.where(face == 4, 1.0, -1.0), t], 1)
+    p = np.where(flat, ends, _turned(np.stack([s, t, one], 1), turn)) * 0.58
+    n = np.where(flat, np.stack([zero, one, zero], 1), _turned(np.stack([zero, zero, one], 1), turn))
     return Surface(p, n, _paint(texture, u, v))
 
 
@@ -141,7 +141,11 @@ def surface_of_mesh(data: bytes, ending: str, resolve: Callable[[str], bytes] | 
 
     try:
         scene = trimesh.load_scene(
-            io.BytesIO(data), file_type=ending, process=False, resolver=_Resolver(resolve), allow_remote=False
+            io.BytesIO(data),
+            file_type=ending,
+            process=False,
+            resolver=cast(Any, _Resolver(resolve)),
+            allow_remote=False,
         )
         parts = [g for g in scene.dump() if isinstance(g, trimesh.Trimesh) and len(g.faces) and g.area > 0]
     except Exception as error:  # parsers of hostile files raise anything; it becomes the reason in the ledger

@@ -59,7 +59,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DataError: the disk is full or refuses; whatever stood under `path` is untouched.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with staged.open("w+b") as file:
             yield file

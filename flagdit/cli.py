@@ -194,17 +194,20 @@ def encode(
     device: Annotated[str, typer.Option(help="Of the models: cpu, cuda; auto: cuda where there is one.")] = "auto",
     max_bad: MaxBad = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
+    task: Annotated[
+        Optional[str], typer.Option(help="i/n: this part of n that run at once; auto: by the SLURM array.")
+    ] = None,
 ) -> None:
-    """Encode pictures and captions for training.
+    """Encode media and captions for training.
 
-    Pictures become latents and captions text features, as the recipe says. A stopped encode continues.
+    Media become latents and captions text features, as the recipe says. A stopped encode continues.
 
     \b
     Example:
       flagdit data encode data/emoji data/emoji_encoded --recipe quickstart
     """
     from flagdit.config.load import load_recipe
-    from flagdit.data_pipelines.encode import encode_dataset
+    from flagdit.data_pipelines.encode import array_task, encode_dataset
 
     encode_dataset(
         src,
@@ -215,6 +218,7 @@ def encode(
         device=device,
         max_bad=max_bad,
         overwrite=overwrite,
+        task=array_task(task),
     )
 
 

@@ -132,7 +132,7 @@ def _synth(soundfont: Path, rate: int):
 
 def _play(synth, program: int, key: int, *, rate: int, seconds: float) -> np.ndarray:
     player, font = synth
-    player.sounds_off_all()
+    player.sounds_off()
     player.program_select(0, font, 0, program)
     held = int(rate * seconds * HELD)
     player.noteon(0, key, LOUD)

@@ -88,7 +88,7 @@ def source(
 def animate(drawing: Image.Image, move: str, frames: int, size: int) -> list[Image.Image]:
     """The frames of one move, on white."""
     if move == "orbit":
-        return views(primitive("cube", drawing), [360 * i / frames for i in range(frames)], size)
+        return views(primitive("cube", drawing, size), [360 * i / frames for i in range(frames)], size)
     clip = []
     for i in range(frames):
         done = i / (frames - 1)

@@ -54,7 +54,7 @@ def source(
     def items() -> Iterator[Raw | Rejected]:
         for name, code, texture in names:
             for shape in shapes:
-                frames = views(primitive(shape, texture), angles, size)
+                frames = views(primitive(shape, texture, size), angles, size)
                 key = f"{shape}/{code}"
                 yield Raw(
                     key=key,

@@ -18,6 +18,7 @@ from flagdit.errors import DataError
 
 SOUNDS = Path("/usr/share/asterisk/sounds/en")
 TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
+G722_BYTES = 8000  # a second
 LICENCE = "Asterisk core sounds, English (Allison Smith; Digium, CC-BY-SA 3.0)."
 
 
@@ -37,7 +38,7 @@ def source(
 
     Args:
         rate: samples per second.
-        seconds: longest prompt; longer ones are left out, since their transcript would not fit.
+        seconds: longest prompt that is taken; a longer one would be cut off in the middle of its transcript.
         multiple: lengths are multiples of this many samples: audio.hop times model.patch_size.
         limit: prompts, in the order of their names; 0: all.
         holdout: share of prompts in the split "heldout".
@@ -61,7 +62,8 @@ def source(
     with gzip.open(texts, "rt", encoding="utf-8", errors="strict") as file:
         lines = [line.strip().partition(":") for line in file if ":" in line and not line.startswith(";")]
     spoken = {name.strip(): text.strip() for name, _, text in lines if text.strip()}
-    files = [p for p in sorted(folder.rglob("*.g722")) if p.relative_to(folder).with_suffix("").as_posix() in spoken]
+    files = [p for p in sorted(folder.rglob("*.g722")) if p.stat().st_size <= seconds * G722_BYTES]
+    files = [p for p in files if p.relative_to(folder).with_suffix("").as_posix() in spoken]
     files = files[: limit or None]
 
     def items() -> Iterator[Raw | Rejected]:
@@ -69,10 +71,7 @@ def source(
             name = path.relative_to(folder).with_suffix("").as_posix()
             try:
                 with time_limit(limits.sample_seconds):
-                    found = decode_sound(path, rate, limits)
-                    if len(found) > seconds * rate:
-                        raise DataError(f"lasts {len(found) / rate:.1f} s, more than --seconds {seconds:g}")
-                    samples = cut(found, rate, seconds, multiple)
+                    samples = cut(decode_sound(path, rate, limits), rate, seconds + multiple / rate, multiple)
             except DataError as error:
                 yield Rejected(name, error.what)
                 continue
