@@ -70,9 +70,7 @@ def encode_dataset(
         "source": raw.info["content"],
         "codec": codec_spec_for(recipe, raw.modality),
         "text": text_spec(recipe.text) if with_text else None,
-        "dtype": _dtype(
-            dtype, bool(recipe.audio.path) if raw.modality == "audio" else recipe.codec.kind == "diffusers"
-        ),
+        "dtype": _dtype(dtype, by_model),
         "text_dtype": _dtype(dtype, recipe.text.kind != "embedded") if with_text else None,
     }
     out = Path(out)

@@ -76,12 +76,18 @@ def sample(
     frames: Annotated[
         Optional[int], typer.Option(min=1, help="Frames or views, for modalities that have them.")
     ] = None,
+    modality: Annotated[
+        Optional[str], typer.Option(help="image, video, multiview or audio, of those the model has.")
+    ] = None,
+    seconds: Annotated[Optional[float], typer.Option(min=0.01, help="Seconds of sound.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from different noise.")] = 1,
-    out: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
+    out: Annotated[
+        Optional[Path], typer.Option(help="File to write: a picture, .mp4 or .gif, .wav; by default in this folder.")
+    ] = None,
     separate: Annotated[bool, typer.Option("--separate", help="A file for each picture instead of one sheet.")] = False,
     captions: Annotated[bool, typer.Option("--captions", help="Write each prompt under its picture.")] = False,
 ) -> None:
-    """Sample pictures from a run. What is not given is as the recipe's `sample` block says.
+    """Sample pictures, clips, views or sounds from a run. What is not given is as the recipe's `sample` block says.
 
     \b
     Example:
@@ -99,6 +105,8 @@ def sample(
         "shift": shift,
         "seed": seed,
         "frames": frames,
+        "modality": modality,
+        "seconds": seconds,
     }
     files = sample_to_files(
         run,

@@ -278,6 +278,7 @@ class SampleConfig:
     modality: str = key("image", "Modality to sample.")
     size: str = key("256x256", "WIDTHxHEIGHT in pixels.")
     frames: int = key(1, "Frames or views.", at_least=1)
+    seconds: float = key(1.0, "Seconds of sound.", at_least=0)
     solver: str = key(
         "euler",
         "euler, midpoint, heun, rk4, or dopri5 (adaptive).",
