@@ -102,16 +102,17 @@ def decode_at(
         raise DataError(f"not a PNG, JPEG or WebP picture ({type(error).__name__})") from error
     if picture.width * picture.height > max_pixels:
         raise DataError(f"{picture.width}×{picture.height} px is more than the {max_pixels} pixels allowed")
-    width, height = picture.size
-    if picture.getexif().get(ORIENTATION, 1) >= 5:  # it lies on its side
-        width, height = height, width
+    drafted = None
     if target is not None and picture.format == "JPEG":
+        lies = picture.getexif().get(ORIENTATION, 1) >= 5  # on its side
+        width, height = drafted = picture.size[::-1] if lies else picture.size
         wanted = target(width, height)
         scale = max(wanted[0] / width, wanted[1] / height) * DRAFT
         picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
     try:  # decoders of hostile files raise anything; whatever it is becomes the reason in the ledger
         picture.load()
-        return on_white(ImageOps.exif_transpose(picture)), (width, height)
+        upright = on_white(ImageOps.exif_transpose(picture))
+        return upright, drafted or upright.size
     except Exception as error:
         raise DataError(f"cannot be decoded ({error})") from error
 

@@ -27,6 +27,19 @@ DEFAULT_NAMES = {"image": "grid.png", "multiview": "views.png", "video": "clip.m
 CLIP_FPS = 8
 
 
+def check_any_name(file: Path | None) -> None:
+    """Whether samples of any modality can be saved under this name.
+
+    Raises:
+        RecipeError: its ending is none of ENDINGS.
+    """
+    known = list(dict.fromkeys(ending for endings in ENDINGS.values() for ending in endings))
+    if file is not None and file.suffix.lower() not in known:
+        raise RecipeError(
+            f"{file} is not a picture file, clip or sound", where="--out", fix=f"End it in {', '.join(known)}."
+        )
+
+
 def check_media_name(file: Path, modality: str) -> None:
     """Whether samples of a modality can be saved under this name.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from flagdit.config.validate import parse_size
 from flagdit.errors import RecipeError
-from flagdit.generate.media import DEFAULT_NAMES, check_media_name, save_samples
+from flagdit.generate.media import DEFAULT_NAMES, check_any_name, check_media_name, save_samples
 from flagdit.generate.pipeline import Condition, Progress, load_pipeline
 
 
@@ -48,6 +48,7 @@ def sample_to_files(
         RecipeError: prompts, sizes or settings that cannot be met, or a file that cannot be written.
         CheckpointError: the run cannot be read.
     """
+    check_any_name(out)
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
     model = pipeline.model.cfg
     cfg = replace(pipeline.recipe.sample, **{k: v for k, v in (settings or {}).items() if v is not None})
