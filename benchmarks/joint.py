@@ -27,7 +27,8 @@ SAMPLES = (
     '--modality image --prompt "a Twemoji emoji of trophy" --prompt "an OpenMoji emoji of dog face" --out {}/grid.png',
     '--modality video --frames 8 --prompt "a red apple moves left to right" --out {}/clip.mp4',
     '--modality video --frames 8 --prompt "a dog face grows from small to large" --out {}/clip.gif',
-    '--modality multiview --frames 4 --prompt "a cube with a picture of dog face, seen from 4 sides" --out {}/views.png',
+    '--modality multiview --frames 4 --prompt "a cube with a picture of dog face, seen from 4 sides"'
+    " --out {}/views.png",
     '--modality audio --seconds 2 --prompt "violin playing C4" --out {}/sound.wav',
 )
 

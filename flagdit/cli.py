@@ -23,6 +23,7 @@ OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="Recipe keys to change: model.dim=256 train.steps=500.")]
 RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as quickstart.")]
 MaxBad = Annotated[float, typer.Option(help="Share of unusable samples above which the command fails.")]
+DataFolder = Annotated[Path, typer.Argument(help="A raw or encoded data set.")]
 RunFolder = Annotated[Path, typer.Argument(help="The run folder, such as runs/quickstart.")]
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
@@ -231,16 +232,59 @@ def encode(
 
 
 @data_app.command("stats")
-def stats(path: Annotated[Path, typer.Argument(help="A raw or encoded data set.")]) -> None:
+def stats(
+    path: DataFolder,
+    plots: Annotated[Optional[Path], typer.Option(help="Also draw the distributions into this picture.")] = None,
+    patch_size: Annotated[int, typer.Option(min=1, help="Rows and columns of latent per token.")] = 2,
+) -> None:
     """Show what is in a data set, as JSON.
 
     \b
     Example:
-      flagdit data stats data/emoji_encoded
+      flagdit data stats data/emoji_encoded --plots stats.png
     """
-    from flagdit.data_pipelines.stats import describe
+    from flagdit.data_pipelines.stats import describe, write_plots
 
-    typer.echo(json.dumps(describe(path), indent=2, ensure_ascii=False))
+    described = describe(path, patch_size)
+    typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
+    if plots:
+        write_plots(described, plots)
+
+
+@data_app.command("lint")
+def lint(path: DataFolder) -> None:
+    """Look for everything that can be wrong with a data set.
+
+    Reads every sample. Ends with 1 where it finds something.
+
+    \b
+    Example:
+      flagdit data lint data/emoji_encoded
+    """
+    from flagdit.data_pipelines.lint import lint as look
+
+    findings = look(path)
+    for finding in findings:
+        typer.echo(f"{finding.where}: {finding.what}")
+    if findings:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def show_data(
+    path: DataFolder,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("data.html"),
+    limit: Annotated[int, typer.Option(min=1, help="Samples to show, spread over the data set.")] = 60,
+) -> None:
+    """Write a page to look at samples of a data set and listen to them.
+
+    \b
+    Example:
+      flagdit data show data/emoji --out emoji.html
+    """
+    from flagdit.data_pipelines.show import write_page
+
+    typer.echo(str(write_page(path, out, limit)))
 
 
 @launch_app.command("local")
