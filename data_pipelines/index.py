@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flagdit.data_pipelines.remote import Cache, RemoteShards, is_remote, mirror
 from flagdit.data_pipelines.shards import ShardReader, read_npy, split_members
 from flagdit.errors import DataError
 
@@ -72,23 +73,27 @@ class Dataset:
         columns: the index, one memory-mapped array per column.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any], columns: dict[str, np.ndarray]):
-        self.path, self.info, self.columns = path, info, columns
+    def __init__(
+        self, path: Path, info: dict[str, Any], columns: dict[str, np.ndarray], remote: RemoteShards | None = None
+    ):
+        self.path, self.info, self.columns, self.remote = path, info, columns, remote
         self.shard_names = [name for name, _ in info["shards"]]
-        self.reader = ShardReader(path / "shards")
+        self.reader = ShardReader(path / "shards", remote.local if remote else None)
 
     @classmethod
-    def open(cls, path: str | Path, kind: str | None = "encoded") -> Dataset:
+    def open(cls, path: str | Path, kind: str | None = "encoded", cache: Cache | None = None) -> Dataset:
         """Opens a data set.
 
         Args:
-            path: its folder.
+            path: its folder, or its address where a cache is given.
             kind: encoded or raw; None: either.
+            cache: for the parts of remote data sets.
 
         Raises:
             DataError: no such folder, not or not yet a data set, of the other kind, or with parts missing.
         """
-        path = Path(path)
+        remote = mirror(str(path), cache, tuple(COLUMNS)) if is_remote(path) else None
+        path = remote.mirror if remote else Path(path)
         info = _read_info(path)
         if kind and info["kind"] != kind:
             fix = (
@@ -106,12 +111,14 @@ class Dataset:
             if len(columns[name]) != info["samples"]:
                 raise _damaged(path, f"index/{name}.npy has {len(columns[name])} rows for {info['samples']} samples")
         present = set(os.listdir(path / "shards")) if (path / "shards").is_dir() else set()
-        missing = [name for name, _ in info["shards"] if f"{name}.tar" not in present]
+        missing = [name for name, _ in info["shards"] if f"{name}.tar" not in present and not remote]
         if missing:
             raise _damaged(path, f"{len(missing)} of {len(info['shards'])} shards are missing, {missing[0]}.tar first")
-        return cls(path, info, columns)
+        return cls(path, info, columns, remote)
 
     def __reduce__(self) -> tuple:
+        if self.remote:
+            return (Dataset.open, (self.remote.url, None, self.remote.cache))
         return (Dataset.open, (self.path, None))
 
     def __len__(self) -> int:

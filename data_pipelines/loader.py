@@ -21,7 +21,7 @@ from flagdit.batch import PackedBatch
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.batches import Batches, Part
 from flagdit.data_pipelines.check import check_shares, check_training, check_validation
-from flagdit.data_pipelines.mixture import Mixture, open_mixture
+from flagdit.data_pipelines.mixture import Mixture, cache_of, open_mixture
 from flagdit.data_pipelines.packs import BadSample, Loaded, PackReader, make_pack, placeholder
 from flagdit.errors import DataError
 from flagdit.model.tokens import TokenSpec
@@ -188,7 +188,9 @@ def validation_batches(recipe: Recipe, data_rank: int = 0, data_size: int = 1) -
         DataError: no such data set or split, one that does not suit the recipe, or a sample that cannot be read: a loss
             over fewer samples would not be comparable.
     """
-    mixture = Mixture({recipe.validation.path: 1.0}) if recipe.validation.path else open_mixture(recipe)
+    mixture = (
+        Mixture({recipe.validation.path: 1.0}, cache_of(recipe)) if recipe.validation.path else open_mixture(recipe)
+    )
     check_validation(recipe, mixture)
     split = recipe.validation.split
     ids = [m.first_id + i for m in mixture.members for i in m.dataset.splits.get(split, ())]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.index import Dataset, Encoded
+from flagdit.data_pipelines.remote import Cache
 from flagdit.errors import DataError, RecipeError
 from flagdit.model.tokens import TokenSpec, num_tokens_of_all
 
@@ -41,17 +42,18 @@ class Mixture:
     A sample's id in the run is its id in its data set plus the members' samples before.
     """
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Mapping[str, float], cache: Cache | None = None):
         """Opens the data sets.
 
         Args:
-            weights: folder → weight, in any unit.
+            weights: folder or address → weight, in any unit.
+            cache: for the parts of remote data sets.
 
         Raises:
             DataError: one cannot be opened.
             RecipeError: a weight that is not a positive number, or too small beside the others.
         """
-        self.weights = dict(weights)
+        self.weights, self.cache = dict(weights), cache
         total = sum(weights.values())
         low = [path for path, w in weights.items() if not w > 0 or w * PATTERN < total]
         if low:
@@ -61,14 +63,14 @@ class Mixture:
             )
         members, first = [], 0
         for path, weight in weights.items():
-            dataset = Dataset.open(path)
+            dataset = Dataset.open(path, cache=cache)
             members.append(Member(dataset, weight / total, first))
             first += len(dataset)
         self.members: Sequence[Member] = members
         self._firsts = [m.first_id for m in members]
 
     def __reduce__(self) -> tuple:
-        return (Mixture, (self.weights,))
+        return (Mixture, (self.weights, self.cache))
 
     def of(self, sample_id: int) -> tuple[Dataset, int]:
         """The data set of a sample of the run, and the sample's id there."""
@@ -132,7 +134,12 @@ def open_mixture(recipe: Recipe) -> Mixture:
     Raises:
         DataError, RecipeError: see `Mixture`.
     """
-    return Mixture(recipe.data.sets or {recipe.data.path: 1.0})
+    return Mixture(recipe.data.sets or {recipe.data.path: 1.0}, cache_of(recipe))
+
+
+def cache_of(recipe: Recipe) -> Cache:
+    """Where the recipe keeps copies of remote data."""
+    return Cache(recipe.data.cache, recipe.data.cache_gib)
 
 
 class Shares:

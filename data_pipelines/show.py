@@ -16,7 +16,8 @@ from flagdit.errors import DataError
 SIDE = 144
 STYLE = """
 body{font:14px system-ui,sans-serif;margin:24px;background:#fafafa;color:#222}
-main{display:flex;flex-wrap:wrap;gap:14px}figure{margin:0;background:#fff;border:1px solid #ddd;padding:8px;max-width:620px}
+main{display:flex;flex-wrap:wrap;gap:14px}
+figure{margin:0;background:#fff;border:1px solid #ddd;padding:8px;max-width:620px}
 figcaption{max-width:340px;margin-top:6px}small{color:#777;display:block}img{image-rendering:pixelated}.bad{color:#b00}
 """
 

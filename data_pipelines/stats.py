@@ -28,7 +28,8 @@ def describe(path: str | Path, patch_size: int = 2) -> dict[str, Any]:
         kind, modality, source, licence, samples, splits (name → samples), shards, bytes, quarantined, labels
         (class → samples); sizes ("WIDTH×HEIGHT" or "WIDTH×HEIGHT×FRAMES", in pixels or latents → samples); aspects
         ("W:H" → samples);
-        channels, codec, text, dtype_error (encoded only); tokens of the latents, special ones included, and text_tokens (quantiles, and a histogram of [from, to, samples]);
+        channels, codec, text, dtype_error (encoded only); tokens of the latents, special ones included, and text_tokens
+        (quantiles, and a histogram of [from, to, samples]);
         caption_letters (quantiles over up to 2000 captions spread over the data set); unreadable (of those read).
 
     Raises:
@@ -57,7 +58,7 @@ def describe(path: str | Path, patch_size: int = 2) -> dict[str, Any]:
     }
     if info["kind"] == "encoded":
         tokens = dataset.columns["text_tokens"]
-        described |= {k: info[k] for k in ("channels", "factor", "codec", "text", "dtype", "dtype_error")}
+        described |= {k: info[k] for k in ("channels", "factor", "codec", "text", "dtype", "dtype_error") if k in info}
         lengths = num_tokens_of_all(dataset.columns["shape"], dataset.modality, TokenSpec(patch_size, True, True))
         described["tokens"] = {**_quantiles(lengths), "total": int(lengths.sum()), "histogram": _histogram(lengths)}
         described["text_tokens"] = {**_quantiles(tokens), "histogram": _histogram(tokens)}

@@ -156,7 +156,7 @@ class TextConfig:
 class DataConfig:
     """What the run trains on."""
 
-    path: str = key("data/train", "Folder of an encoded data set (made by `flagdit data encode`).")
+    path: str = key("data/train", "Folder, or address, of an encoded data set (made by `flagdit data encode`).")
     sets: dict[str, float] = key(
         {}, "Several data sets: folder → weight, its share of the samples drawn. Empty: data.path alone."
     )
@@ -172,6 +172,8 @@ class DataConfig:
     shuffle_shards: int = key(
         64, "Shards that are shuffled together, and read at a time; shuffled as groups among each other.", at_least=1
     )
+    cache: str = key("~/.cache/flagdit", "Folder for copies of shards whose data set is given by an address (s3://…).")
+    cache_gib: float = key(50.0, "Room for those copies; the least recently used make way. In 2³⁰ bytes.", at_least=0)
     workers: int = key(0, "Loader processes per rank; 0: load in the training process.", at_least=0)
     prefetch: int = key(2, "Batches that each loader process prepares ahead.", at_least=1)
     max_bad_samples: float = key(0.01, "Share of unreadable samples above which the run stops.", at_least=0)
