@@ -160,7 +160,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise DataError(f"takes longer than limits.sample_seconds={seconds:g}")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again, since an exception in a destructor is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
     try:
         yield
     finally:
