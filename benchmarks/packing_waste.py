@@ -1,10 +1,10 @@
 """How full the packs of a token budget are, and what planning them costs.
 
-    flagdit bench packing_waste [--budget 32768]
+    flagdit bench packing_waste [--budget 65536]
 
 Four mixes, each a synthetic index of latents (8 pixels and patches of 2 per token): pictures of 256² to 1024² pixels,
-pictures of 512² in many aspect ratios, clips of 16 to 128 frames of 256², and all of these with sound together. Waste is
-the share of the budget that packs leave empty, over 2000 packs; imbalance is the slowest of eight ranks' attention
+pictures of 512² in many aspect ratios, clips of 16 to 128 frames of 256², and all of these with sound together. Waste
+is the share of the budget that packs leave empty, over 1024 packs; imbalance is the slowest of eight ranks' attention
 cost (Σ n²) over the mean, averaged over micro-batches. The last line is one JSON object: max_waste, and packing_share,
 the share of planning in the time of a loader that reads small samples (64 tokens of 8 KB) in the training process.
 """
@@ -26,7 +26,7 @@ from flagdit.data_pipelines.packs import PackReader
 from flagdit.data_pipelines.shards import Sample, npy_bytes
 from flagdit.data_pipelines.writer import DatasetWriter
 
-SAMPLES, PER_SHARD, PACKS, BATCH = 100_000, 1000, 2000, 32
+SAMPLES, PER_SHARD, PACKS, BATCH = 100_000, 1000, 1024, 32
 RANKS = 8
 
 
@@ -123,7 +123,7 @@ def planning_share(root: Path, budget: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=int, default=32768, help="tokens of a pack")
+    parser.add_argument("--budget", type=int, default=65536, help="tokens of a pack")
     parser.add_argument("--out", type=Path, help="also write figures and conditions to this file")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -137,7 +137,7 @@ def main() -> None:
             empty, imbalance, fullest = waste({str(root / k): w for k, w in mix.items()}, args.budget)
             found[name] = empty
             print(f"{name:<34}{empty:>14.2%}{imbalance:>12.3f}{fullest:>10.4f}", flush=True)
-        share = planning_share(root, args.budget // 8)
+        share = planning_share(root, args.budget // 16)
         print(f"planning: {share:.2%} of the loader's time")
     figures = {"max_waste": round(max(found.values()), 5), "packing_share": round(share, 5)}
     if args.out:
