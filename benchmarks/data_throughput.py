@@ -2,10 +2,11 @@
 
     flagdit bench data_throughput [--rounds 5] [--workers 1]
 
-The same samples for all: cached latents of 8 KB and of 128 KB. All read from the page cache with the same number of loader processes, one after another in every round; the figure is the median
-over the rounds of the ratio to the best of the others in the same round. Each loader shuffles as it does by default and
-gives batches of 32 as tensors; this project's also checks every sample's checksum, cuts the latents into patches and
-lays out the pack. Peers that are not installed are named and left out. The last line is one JSON object:
+The same samples for all: cached latents of 8 KB and of 128 KB. All read from the page cache with the same number of
+loader processes, one after another in every round; the figure is the median over the rounds of the ratio to the best of
+the others in the same round. Each loader shuffles as it does by default and gives batches of 32 as tensors; this
+project's also checks every sample's checksum, cuts the latents into patches and lays out the pack. Peers that are not
+installed are named and left out. The last line is one JSON object:
 latents_8k_ratio, latents_128k_ratio; jpeg_ratio and jpeg_psnr (decoding and resizing with scaled drafts, against a full
 decode with Pillow, which is what every peer's loader does).
 """
@@ -198,9 +199,9 @@ def jpegs(rounds: int) -> tuple[float, float]:
             times.append(time.perf_counter() - start)
         ratios.append(times[0] / times[1])
     psnr = 10 * math.log10(255**2 / error)
-    print(f"JPEG {SIDE}×{SIDE * 3 // 4} to {BUCKET[0]}×{BUCKET[1]}: drafts {statistics.median(ratios):.2f} times as fast, "
-          f"{psnr:.1f} dB")  # fmt: skip
-    return statistics.median(ratios), psnr
+    ratio = statistics.median(ratios)
+    print(f"JPEG {SIDE}×{SIDE * 3 // 4} to {BUCKET[0]}×{BUCKET[1]}: drafts {ratio:.2f} times as fast, {psnr:.1f} dB")
+    return ratio, psnr
 
 
 def main() -> None:
