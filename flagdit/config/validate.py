@@ -217,7 +217,7 @@ def _sets(recipe: Recipe) -> Iterator[Problem]:
         if not (math.isfinite(weight) and weight > 0):
             yield Problem(
                 ("data.sets",),
-                f"data.sets gives {folder} the weight {weight:g}; weights are shares, more than 0: leave it out instead",
+                f"data.sets gives {folder} the weight {weight:g}; weights are more than 0: leave it out instead",
             )
 
 
