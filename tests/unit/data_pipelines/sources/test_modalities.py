@@ -143,18 +143,14 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch):
         instruments.source()
 
 
-@pytest.mark.skipif(
-    not furniture.CATALOGUES.is_dir(), reason="the Debian package sweethome3d-furniture is not installed"
-)
+@pytest.mark.skipif(not furniture.CATALOGUES.is_dir(), reason="needs the Debian package sweethome3d-furniture")
 def test_furniture_has_names():
     found = list(furniture.source(size=32, count=2, limit=3).items)
     assert all(isinstance(r, Raw) and r.caption.startswith("a 3D model of") for r in found)
     assert all(frames_of(r).std() > 10 for r in found)
 
 
-@pytest.mark.skipif(
-    not speech.SOUNDS.is_dir(), reason="the Debian package asterisk-core-sounds-en-g722 is not installed"
-)
+@pytest.mark.skipif(not speech.SOUNDS.is_dir(), reason="needs the Debian package asterisk-core-sounds-en-g722")
 def test_speech_has_transcripts():
     found = list(speech.source(limit=4).items)
     assert not [r for r in found if isinstance(r, Rejected)]
