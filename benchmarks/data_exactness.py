@@ -5,7 +5,8 @@
 Two epochs of a small data set, cut at random batches, each piece under another layout: {1, 2, 3, 4, 8} ranks × {0, 1,
 3} loader processes × {1, 2} micro-batches. A batch is compared by sample ids and bytes, over all ranks together. And
 webdataset: what it repeats and loses when the number of ranks changes in the middle of an epoch. The last line is one
-JSON object: repeated and lost samples over two epochs, layouts that were run, and differing batches, all of this project.
+JSON object: samples repeated and lost over two epochs, layouts that were run, and batches that differ, all of this
+project.
 """
 
 import argparse
