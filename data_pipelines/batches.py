@@ -68,7 +68,6 @@ class Batches:
     """The content of every global batch of a run.
 
     Attributes:
-        samples_per_epoch: samples that stand in one pass over the largest share, for people: Σ of all splits.
         fill: share of the token budget that windows aim at; 1 with fixed counts.
     """
 
@@ -95,16 +94,24 @@ class Batches:
     def batch_of(self, k: int) -> list[Part]:
         """Global batch k: single samples with fixed counts, packs with a token budget."""
         if not self.budget:
-            whole = self._draw(*(self.shares.among_first(n) for n in (k * self.batch, (k + 1) * self.batch)))
+            whole = self._counted(k)
             return [whole[[i]] for i in range(len(whole))]
         window, batch = divmod(k, self.packs // self.batch)
         return self.window(window)[batch * self.batch : (batch + 1) * self.batch]
 
     def shared(self, k: int, micro_batches: int, ranks: int) -> list[list[Part]]:
         """Global batch k as [micro-batch][rank], so that the ranks of a micro-batch cost alike."""
+        if not self.budget:
+            whole = self._counted(k)
+            dealt = deal((whole.tokens**2).tolist(), micro_batches, ranks)
+            return [[whole[share] for share in shares] for shares in dealt]
         parts = self.batch_of(k)
         dealt = deal([p.cost for p in parts], micro_batches, ranks)
         return [[Part.join([parts[i] for i in share]) for share in shares] for shares in dealt]
+
+    def _counted(self, k: int) -> Part:
+        """The samples of global batch k, with fixed counts."""
+        return self._draw(*(self.shares.among_first(n) for n in (k * self.batch, (k + 1) * self.batch)))
 
     def _order(self, number: int, member: Member) -> SetOrder:
         dataset, split = member.dataset, member.dataset.split(self.recipe.data.split)
