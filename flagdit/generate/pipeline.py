@@ -19,7 +19,9 @@ from torch import Tensor
 
 from flagdit.batch import PackedText, Segment
 from flagdit.checkpoint import store
-from flagdit.codecs.latents import Codec, build_codec
+from flagdit.codecs.audio import MelCodec
+from flagdit.codecs.latents import Codec
+from flagdit.codecs.modality import codec_for
 from flagdit.codecs.text import TextEncoder, build_text_encoder
 from flagdit.config.load import load_recipe
 from flagdit.config.schema import Recipe, SampleConfig
@@ -68,7 +70,7 @@ class Pipeline:
             RecipeError: a folder of theirs is missing or of another kind, or what is in it does not suit the model.
         """
         device = next(model.parameters()).device
-        codec = build_codec(recipe.codec).to(device)
+        codec = codec_for(recipe, recipe.sample.modality).to(device)
         channels = model.cfg.modalities.get(recipe.sample.modality, codec.channels)
         if channels != codec.channels:
             raise RecipeError(
@@ -85,6 +87,20 @@ class Pipeline:
                 fix="Use the text encoder that the model was trained with, or set model.text_dim.",
             )
         return cls(model, recipe, codec, encoder, encoder.encode([""])[0])
+
+    def of(self, modality: str) -> Pipeline:
+        """The same model with the codec of another modality.
+
+        Raises:
+            RecipeError: the model has no such modality, or its codec cannot be built.
+        """
+        if modality not in self.model.cfg.modalities:
+            raise RecipeError(
+                f"sample.modality={modality} is not one of this model's ({', '.join(self.model.cfg.modalities)})",
+                fix="Sample one of those.",
+            )
+        device = next(self.model.parameters()).device
+        return replace(self, codec=codec_for(self.recipe, modality).to(device))
 
     def generate(
         self,
@@ -104,20 +120,20 @@ class Pipeline:
         Args:
             conditions: prompts, or class ids; models without conditions ignore them.
             cfg: size, solver, guidance and seed.
-            sizes: (width, height) in pixels for each condition; None: cfg.size for all.
+            sizes: (width, height) in pixels for each condition; None: cfg.size, or cfg.seconds of sound, for all.
             first_id: id of the first sample, the others follow; ids decide the noise.
             inference: settings of the model's forward.
             pack_tokens: most tokens of one pack, both halves of guidance counted.
             on_step: told about the solver's progress.
 
         Returns:
-            Pixels (3, F, H, W) in [−1, 1], fp32 on the CPU, one per condition.
+            Pixels (3, F, H, W) or sound (1, 1, 1, N) in [−1, 1], fp32 on the CPU, one per condition.
 
         Raises:
             RecipeError: a size, a number of frames or a condition that the model cannot make.
         """
         spec = TokenSpec.from_model(self.model.cfg)
-        sizes = sizes or [parse_size(cfg.size)] * len(conditions)
+        sizes = sizes or [self.default_size(cfg)] * len(conditions)
         shapes = [self.latent_shape(size, cfg.frames, cfg.modality) for size in sizes]
         segments = [Segment(first_id + i, cfg.modality, shape) for i, shape in enumerate(shapes)]
         halves = 1 if cfg.guidance == 1 else 2
@@ -136,11 +152,17 @@ class Pipeline:
             pixels += [self.codec.decode(latent.float()).clamp(-1, 1).cpu() for latent in latents]
         return pixels
 
+    def default_size(self, cfg: SampleConfig) -> tuple[int, int]:
+        """(width, height) in pixels, or (samples, 1) of sound, as the configuration says."""
+        if cfg.modality == "audio":
+            return (round(cfg.seconds * self.recipe.audio.sample_rate), 1)
+        return parse_size(cfg.size)
+
     def latent_shape(self, size: tuple[int, int], frames: int, modality: str) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latent for a size in pixels.
 
         Args:
-            size: (width, height).
+            size: (width, height); for sound (samples, 1), which is rounded to what the model can make.
 
         Raises:
             RecipeError: the model has no such modality, it has no frames, or the size is not a multiple of codec factor
@@ -156,6 +178,8 @@ class Pipeline:
             raise RecipeError(f"sample.frames={frames} for {modality}, which has no frames", fix="Set it to 1.")
         step = self.codec.factor * cfg.patch_size
         width, height = size
+        if isinstance(self.codec, MelCodec):
+            return self.codec.latent_shape(width / self.recipe.audio.sample_rate, cfg.patch_size)
         if width % step or height % step:
             raise RecipeError(
                 f"a size of {width}x{height} cannot be sampled: width and height must be multiples of {step} pixels "

@@ -11,14 +11,14 @@ from typing import Any
 
 from flagdit.config.validate import parse_size
 from flagdit.errors import RecipeError
-from flagdit.generate.images import check_name, grid, save_image, to_image, zoom_for
+from flagdit.generate.media import DEFAULT_NAMES, check_any_name, check_media_name, save_samples
 from flagdit.generate.pipeline import Condition, Progress, load_pipeline
 
 
 def sample_to_files(
     run_dir: Path,
     conditions: Sequence[Condition],
-    out: Path,
+    out: Path | None = None,
     *,
     sizes: Sequence[str] = (),
     repeat: int = 1,
@@ -28,12 +28,12 @@ def sample_to_files(
     captions: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Samples from a run and writes pictures.
+    """Samples from a run and writes pictures, clips, views or sounds, as the modality is.
 
     Args:
         run_dir: the run folder.
         conditions: prompts, or class ids of class-conditioned models; none: the recipe's sample.prompts.
-        out: a picture file; with `separate`, its name gets the number of each picture.
+        out: the file; with `separate`, its name gets the number of each sample. None: a name by the modality.
         sizes: "WIDTHxHEIGHT", one for all or one for each; none: the recipe's sample.size.
         repeat: pictures of each condition, from different noise.
         step, ema: which weights; see `load_pipeline`.
@@ -48,10 +48,13 @@ def sample_to_files(
         RecipeError: prompts, sizes or settings that cannot be met, or a file that cannot be written.
         CheckpointError: the run cannot be read.
     """
-    check_name(out)
+    check_any_name(out)
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
     model = pipeline.model.cfg
     cfg = replace(pipeline.recipe.sample, **{k: v for k, v in (settings or {}).items() if v is not None})
+    pipeline = pipeline.of(cfg.modality)
+    out = out or Path(DEFAULT_NAMES[cfg.modality])
+    check_media_name(out, cfg.modality)
     conditions = list(conditions) or list(cfg.prompts) or ([] if model.text_dim or model.num_classes else [""])
     if not conditions:
         raise RecipeError("there is nothing to sample", fix="Give --prompt, --prompt-file or --label.")
@@ -61,21 +64,15 @@ def sample_to_files(
             where="--size",
             fix="Give one for all, or one for each.",
         )
-    given = [parse_size(text) for text in sizes or [cfg.size]]
+    given = [parse_size(text) for text in sizes] or [pipeline.default_size(cfg)]
     each = given if len(given) == len(conditions) else given * len(conditions)
     conditions = [c for c in conditions for _ in range(repeat)]
     each = [size for size in each for _ in range(repeat)]
     with steps_shown("sampling", len(conditions), cfg.steps) as on_step:
         pixels = pipeline.generate(conditions, cfg, sizes=each, on_step=on_step)
-    images = [to_image(p) for p in pixels]
-    if not separate:
-        texts = [str(c) for c in conditions] if captions else None
-        save_image(grid(images, zoom=zoom_for(images), gap=4, captions=texts), out)
-        return [out]
-    files = [out.with_name(f"{out.stem}_{i:04d}{out.suffix}") for i in range(len(images))]
-    for image, file in zip(images, files, strict=True):
-        save_image(image, file)
-    return files
+    texts = [str(c) for c in conditions] if captions else None
+    rate = pipeline.recipe.audio.sample_rate
+    return save_samples(pixels, cfg.modality, out, rate=rate, separate=separate, captions=texts)
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flagdit.checkpoint import store
 from flagdit.config.schema import ModelConfig, Recipe
-from flagdit.data_pipelines.index import Dataset
+from flagdit.data_pipelines.mixture import Mixture, open_mixture
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
 from flagdit.generate.pipeline import weights_group
@@ -106,7 +106,7 @@ class Run:
             )
         if checkpoint.state["data"] != self.content:
             raise RecipeError(
-                f"data.path={self.recipe.data.path} holds another data set than the one this run was trained on",
+                f"{_named(self.recipe)} holds another data set than the one this run was trained on",
                 where=str(self.folder.path),
                 fix="Give the folder of that data set, or give the new run another name with name=….",
             )
@@ -124,33 +124,38 @@ def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelCon
         RecipeError: model.attention or model.kernels cannot serve on the mesh's device.
         DataError: the data set cannot be opened.
     """
-    dataset = Dataset.open(recipe.data.path)
+    mixture = open_mixture(recipe)
     model_config = resolve(recipe.model)
     kernels = choose_kernels(model_config, mesh.device, DTYPES[recipe.train.precision])
-    model, engine = build_engine(recipe, mesh, longest_sample(dataset, model_config))
+    model, engine = build_engine(recipe, mesh, longest_sample(mixture, model_config))
     return Run(
         recipe=recipe,
         folder=folder,
         model_config=model_config,
         attention=model.attention_backend.name,
         kernels=kernels,
-        content=dataset.info["content"],
+        content=mixture.content,
         model=model,
         engine=engine,
         emas=Emas(engine.weights(), recipe.train.ema_decays, recipe.train.ema_warmup),
         objective=FlowMatching(recipe.flow),
-        null_text_LY=dataset.null_text if recipe.model.text_dim else None,
+        null_text_LY=mixture.null_text if recipe.model.text_dim else None,
         guard=Guard(recipe.guard, folder.ledger, writes=mesh.is_first),
         meter=Meter(peak_tflops(mesh.device, recipe.log.peak_tflops, mesh.world)),
         display=display,
     )
 
 
-def longest_sample(dataset: Dataset, cfg: ModelConfig) -> int:
-    """Tokens of the longest sample of a data set.
+def _named(recipe: Recipe) -> str:
+    return f"data.sets={recipe.data.sets}" if recipe.data.sets else f"data.path={recipe.data.path}"
+
+
+def longest_sample(mixture: Mixture, cfg: ModelConfig) -> int:
+    """Tokens of the longest sample of the data.
 
     Raises:
         DataError: a size that is not a multiple of the patch.
     """
     spec = TokenSpec.from_model(cfg)
-    return max((num_tokens(shape, dataset.modality, spec) for shape, _ in dataset.shapes), default=0)
+    sets = [member.dataset for member in mixture.members]
+    return max((num_tokens(shape, d.modality, spec) for d in sets for shape, _ in d.shapes), default=0)

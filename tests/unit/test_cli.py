@@ -160,7 +160,7 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
     (tmp_path / "p.txt").write_text("c\nd\n")
     line = f"sample runs/x --prompt a --prompt 'b, c' --prompt-file {tmp_path}/p.txt --size 48x32 --size 8x8 --steps 20"
     line += " --solver heun --guidance 4 --seed 3 --shift 2 --ema 1 --step 100 --out o/g.png --separate --captions"
-    code, out, _ = flagdit(line + " --repeat 2 --frames 5")
+    code, out, _ = flagdit(line + " --repeat 2 --frames 5 --modality audio --seconds 2.5")
     assert code == 0 and out == "o/g.png\n"
     assert got == {
         "run": Path("runs/x"),
@@ -172,7 +172,16 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
         "ema": 1,
         "separate": True,
         "captions": True,
-        "settings": {"steps": 20, "solver": "heun", "guidance": 4.0, "shift": 2.0, "seed": 3, "frames": 5},
+        "settings": {
+            "steps": 20,
+            "solver": "heun",
+            "guidance": 4.0,
+            "shift": 2.0,
+            "seed": 3,
+            "frames": 5,
+            "modality": "audio",
+            "seconds": 2.5,
+        },
     }
     flagdit("sample runs/x --label 3 --label 0")
     assert got["conditions"] == [3, 0] and got["sizes"] == [] and set(got["settings"].values()) == {None}
@@ -213,15 +222,15 @@ def test_data_build_passes_on_all_that_it_is_given(flagdit, monkeypatch):
     code, _, err = flagdit(line + " --aspects 1:1,3:2 --shard-samples 7 --max-bad 0.5 --overwrite")
     assert code == 0, err
     ((kind, out), rest) = got[0]
-    assert (kind, out) == ("emoji", Path("out"))
+    assert (kind, out) == ("emoji", "out")
     assert rest == {
         "size": 24,
         "multiple": 4,
-        "styles": ["twemoji", "openmoji"],
+        "styles": ("twemoji", "openmoji"),
         "limit": 8,
         "holdout": 0.1,
         "seed": 5,
-        "aspects": ["1:1", "3:2"],
+        "aspects": ("1:1", "3:2"),
         "shard_samples": 7,
         "max_bad": 0.5,
         "overwrite": True,
