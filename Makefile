@@ -26,6 +26,7 @@ quickstart: install ## Pack real pictures, train a tiny Flag-DiT on CPU, sample 
 	$(BIN)/python benchmarks/quickstart.py
 
 test: install ## Run all tests
+	@launch/check_machine.sh $(PYTHON) tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 lint: install ## Check style and types

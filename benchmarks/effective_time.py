@@ -3,13 +3,13 @@
     flagdit bench effective_time
 
 Failures come at the rate of Llama 3's pretraining (arXiv 2407.21783, section 3.3.4: 466 interruptions in 54 days on
-16,384 GPUs; 47 of them planned), as independent exponential waits, in proportion to the number of GPUs. What one
-failure costs is taken from the real program on this machine: the pause of a training step by a checkpoint, and the
-time of a restart from process start to the first new step; both are measured here with a small model, in processes of
-their own. To them are added, as stated assumptions, the waits that only a cluster has: noticing, requeueing, health
-checks, reading a large checkpoint. Checkpoints are written while training goes on, so that a step waits only until
-its numbers are copied; the interval is Young's and Daly's, √(2 · pause · mean time between failures), but not shorter
-than the writing takes.
+16,384 GPUs, 47 of them planned), as independent exponential waits, in proportion to the number of GPUs. What a failure
+costs is taken from the real program here: the pause of a step by a checkpoint, and the time of a restart from
+process start to the first new step; both are measured here with a small model, in processes of their own. To them are
+added, as stated assumptions, the waits that only a cluster has: noticing, requeueing, health checks, reading a large
+checkpoint. Checkpoints are taken to be written while training goes on, so that a step waits only until its numbers are
+copied; the interval is Young's and Daly's, √(2 · pause · mean time between failures), but not shorter than the writing
+takes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import jinja2
 from flagdit.config.load import load_recipe, save_recipe
 from flagdit.config.schema import ClusterConfig, Recipe
 from flagdit.config.validate import raise_problems
-from flagdit.config.validate_cluster import cluster_problems, ranks_of, ranks_per_node
+from flagdit.config.validate_cluster import cluster_problems, ranks_of
 from flagdit.errors import LaunchError
 from flagdit.launch.scheduler import command, live_partitions, there
 
@@ -38,7 +38,8 @@ def checked(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: lists every problem with its keys.
     """
-    raise_problems(cluster_problems(recipe, live_partitions()), recipe.name)
+    partitions = recipe.cluster.partitions or live_partitions()
+    raise_problems(cluster_problems(recipe, partitions), recipe.name)
     return recipe
 
 
@@ -51,7 +52,7 @@ def render_training(recipe: Recipe, folder: Path) -> str:
     """
     c = recipe.cluster
     logs = _logs(recipe, folder)
-    per_node = ranks_per_node(recipe)
+    per_node = c.ranks_per_node or c.gpus_per_node or 1
     tasks = per_node if c.launcher == "srun" else 1
     directives = [
         *_common(c, recipe.name),

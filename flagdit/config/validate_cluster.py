@@ -29,12 +29,12 @@ def cluster_problems(recipe: Recipe, partitions: Mapping[str, str] | None = None
 
     Args:
         recipe: one that validates otherwise.
-        partitions: partition → longest time as the cluster itself tells; None: as `cluster.partitions` says.
+        partitions: partition → longest time; None: not known.
     """
     found = [problem for rule in RULES for problem in rule(recipe)]
     wrong = {key for problem in found for key in problem.keys}
     if not wrong & {"cluster.time", "cluster.partition", "cluster.partitions"}:
-        found += _limits(recipe, recipe.cluster.partitions or partitions or {})
+        found += _limits(recipe, partitions or {})
     return found
 
 

@@ -83,7 +83,9 @@ def workload_of(recipe: Recipe, gpus: int, sample_tokens: int = 0, text_tokens: 
     patches, special = sample_of(recipe, m)
     length = sample_tokens or patches + special
     packs = gpus // (p.tensor * p.context) * recipe.train.accumulation
-    samples = recipe.data.batch_size // packs
+    # With a token budget data.batch_size counts packs; a sample longer than the budget is a pack of its own.
+    budget = recipe.data.pack_tokens
+    samples = max(budget // length, 1) if budget else recipe.data.batch_size // packs
     return Workload(
         model=m,
         parallel=p,

@@ -14,6 +14,7 @@ from flagdit.data_pipelines.build import build_dataset
 from flagdit.data_pipelines.encode import encode_dataset
 from flagdit.errors import FlagDiTError, RecipeError
 from flagdit.generate.sample import sample_to_files
+from flagdit.launch.slurm import checked, render_training
 from flagdit.train.loop import train
 
 CONFIG_AREA = str(Path(schema.__file__).parent)
@@ -98,6 +99,8 @@ def test_every_key_is_read(tmp_path, reads):
         with pytest.raises(RecipeError, match="nowhere"):
             encode_dataset(raw, tmp_path / "never", load_recipe("quickstart", [*common, *missing]))
     hear_and_see(tmp_path, common)
+    cluster = ["cluster.gpus_per_node=2", "cluster.container=x.sqsh", "cluster.mounts=[/a:/b]"]
+    render_training(checked(load_recipe("quickstart", [*common, *cluster])), tmp_path)
     haar = ["codec.kind=haar", "model.modalities={image: 12}"]
     encode_dataset(raw, tmp_path / "haar", load_recipe("quickstart", [*common, *haar]))
 
