@@ -44,6 +44,7 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.max_bad_samples",
+    "train.init_from",
     "train.steps",
     "train.accumulation",
     "train.device",
