@@ -10,7 +10,11 @@ setup(
     description="Distributed pretraining of flow-based diffusion transformers of any modality (Flag-DiT, Lumina-T2X)",
     license="Apache-2.0",
     packages=find_namespace_packages(include=["flagdit", "flagdit.*"]),
-    package_data={"flagdit.recipes": ["**/*.yaml"], "flagdit.train": ["templates/*"]},
+    package_data={
+        "flagdit.recipes": ["**/*.yaml"],
+        "flagdit.train": ["templates/*"],
+        "flagdit.checkpoint": ["templates/*"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",

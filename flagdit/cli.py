@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from flagdit import __version__
+from flagdit.cli_checkpoint import checkpoint_app
 from flagdit.errors import FlagDiTError, RecipeError
 
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -45,6 +46,7 @@ recipe_app = typer.Typer(help="Look at recipes.\n\n\b\nExample:\n  flagdit recip
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(launch_app, name="launch")
+app.add_typer(checkpoint_app, name="checkpoint")
 data_app.add_typer(build_app, name="build")
 
 

@@ -177,8 +177,8 @@ def mesh_problems(recipe: Recipe, world: int) -> Iterator[Problem]:
     if recipe.lora.rank and world > 1:
         yield Problem(
             ("lora.rank",),
-            f"lora.rank={recipe.lora.rank} trains adapters in one process for now, not on {world} ranks; start it alone, "
-            "or set lora.rank=0",
+            f"lora.rank={recipe.lora.rank} trains adapters in one process for now, not on {world} ranks; start one "
+            "rank, or set lora.rank=0",
         )
     data, parts = world // shared, recipe.train.accumulation
     if recipe.data.batch_size % (data * parts):

@@ -23,6 +23,7 @@ FLOORS = {
     "generate": 4,
     "train": 5,
     "launch": 6,
+    "cli_checkpoint": 6,
     "cli": 7,
 }
 LAUNCH_MAY_USE = {"launch", "config", "errors"}

@@ -200,17 +200,17 @@ class FlagDiTTransformer(ModelMixin, ConfigMixin):
         rope: str,
         rope_axes: int,
         rope_theta: float,
-        nextline: bool,
-        nextframe: bool,
+        has_nextline: bool,
+        has_nextframe: bool,
         time_scale: float,
         learn_sigma: bool,
     ):
         super().__init__()
         features = {m: channels * patch_size**2 for m, channels in modalities.items()}
         self.stems = nn.ModuleDict({m: nn.Linear(p, dim) for m, p in features.items()})
-        if nextline:
+        if has_nextline:
             self.nextline = nn.Parameter(torch.empty(dim))
-        if nextframe and any(m in MODALITIES_WITH_FRAMES for m in modalities):
+        if has_nextframe and any(m in MODALITIES_WITH_FRAMES for m in modalities):
             self.nextframe = nn.Parameter(torch.empty(dim))
         self.t_embedder = TimeEmbedder(cond_dim, time_scale)
         if text_dim:
@@ -257,7 +257,7 @@ class FlagDiTTransformer(ModelMixin, ConfigMixin):
             with_frames.shape[2],
             *(size // c.patch_size for size in with_frames.shape[3:]),
         )
-        marks_frames = c.nextframe and modality in MODALITIES_WITH_FRAMES
+        marks_frames = c.has_nextframe and modality in MODALITIES_WITH_FRAMES
         cond_BC = self.t_embedder(timestep)
         mask_BL = None
         if c.text_dim:
@@ -312,7 +312,7 @@ class FlagDiTTransformer(ModelMixin, ConfigMixin):
 
     def embed(self, h: Tensor, marks_frames: bool) -> Tensor:
         """(B, F, rows, columns, E) → (B, N, E), a special token after every row and frame where the model has them."""
-        if self.settings.nextline:
+        if self.settings.has_nextline:
             h = torch.cat([h, self.nextline.expand(*h.shape[:3], 1, -1)], dim=3)
         h = h.flatten(2, 3)
         if marks_frames:
@@ -329,7 +329,7 @@ class FlagDiTTransformer(ModelMixin, ConfigMixin):
     def positions(self, frames: int, rows: int, columns: int, marks_frames: bool) -> Tensor:
         """(N, A) positions of all tokens of a sample: one raster index, or (frame,) row and column."""
         c = self.settings
-        line = [(row, column) for row in range(rows) for column in range(columns + c.nextline)]
+        line = [(row, column) for row in range(rows) for column in range(columns + c.has_nextline)]
         if marks_frames:
             line.append((rows, columns))
         axes = torch.tensor([(frame, *place) for frame in range(frames) for place in line])

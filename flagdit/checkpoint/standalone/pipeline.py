@@ -7,8 +7,6 @@ transformers for prompts.
 Shape legend: B samples, C channels of a latent, F frames or views, L text tokens, Y width of the text features.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import pairwise
