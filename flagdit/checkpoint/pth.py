@@ -63,18 +63,18 @@ class PthFile(TensorSource):
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            # Anything may be in such a file, and torch answers with as many kinds of exceptions.
             found = torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._zipped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 "it is truncated, or holds more than tensors and would have to be executed to be read; nothing was "
-                f"({str(error).splitlines()[0]})",
+                f"({_first_line(error)})",
                 where=str(self._file),
                 fix="Ask whoever made it for a safetensors file.",
             ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        # Anything may be in such a file, and torch answers with as many kinds of exceptions.
+        except Exception as error:
             raise CheckpointError(
-                f"it cannot be read, it may be truncated: {str(error).splitlines()[0]}",
+                f"it cannot be read, it may be truncated: {_first_line(error)}",
                 where=str(self._file),
                 fix="Copy or download it again.",
             ) from None
@@ -83,6 +83,10 @@ class PthFile(TensorSource):
         ):
             return found
         raise CheckpointError("it does not hold named tensors", where=str(self._file))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_namespace(file: Path) -> dict[str, Any]:
