@@ -209,8 +209,8 @@ def _card(why: list[str], index: Mapping[str, Any]) -> Card:
         notes.append(f"The folder has its own code because {'; '.join(why)}.")
     else:
         notes.append(
-            "LuminaPipeline guides the first three latent channels only, as the official code does, and scales positions "
-            "where width × height is not the square of its default side."
+            "LuminaPipeline guides the first three latent channels only, as the official code does, and scales "
+            "positions where width × height is not the square of its default side."
         )
     title = f"diffusers folder of {OWN_PIPELINE if why else STOCK_PIPELINE}"
     return Card("diffusers", title, "example_diffusers.py", use, tuple(notes))

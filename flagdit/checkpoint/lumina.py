@@ -1,9 +1,9 @@
 """Names and layout of the official Lumina-T2X checkpoints, and ours.
 
-Both ways are exact. Beyond names, three things differ: the official head emits patch features as (p, p, C), ours as
+Both ways are exact. Beyond names, four things differ: the official head emits patch features as (p, p, C), ours as
 (C, p, p); it emits twice as many channels (`learn_sigma`) and nobody reads the second half, so ours has it only where
-model.learn_sigma keeps it; and the official code pads its batches with a learned `pad_token`, which packing has no use
-for.
+model.learn_sigma keeps it; the official code pads its batches with a learned `pad_token`, which packing has no use for;
+and its class-conditional Next-DiT has no weights in the first norms of a block, where ours are ones.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ PREFIXES = {
     "final_layer.linear.": "heads.{m}.",
     "final_layer.adaLN_modulation.": "final_adaLN_modulation.",
 }
+# The class-conditional Next-DiT gives the names of Flag-DiT's norms to those after attention and feed-forward.
+SECOND_NORMS = {".attention_norm2.": ".attention_norm.", ".ffn_norm2.": ".ffn_norm."}
+FIRST_NORMS = (".attention_norm1.weight", ".ffn_norm1.weight")
 PAD_TOKEN = "pad_token"
 HEAD = "final_layer.linear."
 LISTED = 12
@@ -72,6 +75,8 @@ def official_shapes(cfg: ModelConfig, *, doubled: bool = True) -> dict[str, tupl
     """
     shapes = {}
     for name, shape in expected_shapes(cfg).items():
+        if is_constant(name, cfg):
+            continue
         official = official_name(name, cfg)
         if official.startswith(HEAD) and doubled and not cfg.learn_sigma:
             shape = (2 * shape[0], *shape[1:])
@@ -94,9 +99,15 @@ def from_official(source: TensorSource, cfg: ModelConfig) -> TensorSource:
     expected = {name: s for name, s in official_shapes(cfg, doubled=doubled).items() if name != PAD_TOKEN}
     compare(found, expected)
     names = {name: official_name(name, cfg) for name in expected_shapes(cfg)}
-    entries = {name: Entry(shape, found[names[name]].dtype) for name, shape in expected_shapes(cfg).items()}
+    dtype = next(iter(found.values())).dtype
+    entries = {
+        name: Entry(shape, dtype if is_constant(name, cfg) else found[names[name]].dtype)
+        for name, shape in expected_shapes(cfg).items()
+    }
 
     def read(name: str) -> Tensor:
+        if is_constant(name, cfg):
+            return torch.ones(entries[name].shape, dtype=dtype)
         tensor = source.read(names[name])
         if names[name].startswith(HEAD):
             tensor = _head_rows(tensor, cfg, to_ours=True)[: entries[name].shape[0]].contiguous()
@@ -110,10 +121,18 @@ def as_official(source: TensorSource, cfg: ModelConfig) -> TensorSource:
     which the official code masks.
 
     Raises:
-        CheckpointError: the tensors do not fit the configuration.
+        CheckpointError: the tensors do not fit the configuration, or weights that the official network lacks have been
+            trained.
     """
     compare(source.entries, expected_shapes(cfg))
-    names = {official_name(name, cfg): name for name in source.entries}
+    trained = [n for n in source.entries if is_constant(n, cfg) and not bool((source.read(n) == 1).all())]
+    if trained:
+        raise CheckpointError(
+            f"the official class-conditional Next-DiT has no weights in its first norms, but here {_some(trained)} "
+            "are not ones",
+            fix="Export in another format.",
+        )
+    names = {official_name(name, cfg): name for name in source.entries if not is_constant(name, cfg)}
     dtype = next(iter(source.entries.values())).dtype
     entries = {
         name: Entry(shape, source.entries[names[name]].dtype if name in names else dtype)
@@ -152,7 +171,15 @@ def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def official_name(name: str, cfg: ModelConfig) -> str:
     """The official name of one of our parameters."""
+    if cfg.block == "next" and not cfg.text_dim:
+        for ours, theirs in SECOND_NORMS.items():
+            name = name.replace(ours, theirs)
     return _rename(name, {new.format(m=only_modality(cfg)): old for old, new in PREFIXES.items()})
+
+
+def is_constant(name: str, cfg: ModelConfig) -> bool:
+    """Whether the official network has ones where we have that parameter."""
+    return cfg.block == "next" and not cfg.text_dim and name.endswith(FIRST_NORMS)
 
 
 def only_modality(cfg: ModelConfig) -> str:

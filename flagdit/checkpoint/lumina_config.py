@@ -73,6 +73,7 @@ def _infer(entries: Mapping[str, Entry], model: str, heads: int | None) -> Model
             nextline="eol_token" in entries,
             nextframe=False,
             time_scale=1.0,
+            final_shift=entries["final_layer.adaLN_modulation.1.bias"].shape[0] == 2 * dim,
         )
     )
 
@@ -93,9 +94,10 @@ def obstacles(cfg: ModelConfig) -> list[str]:
         ("cond_dim", cfg.cond_dim, min(cfg.dim, 1024)),
         ("ffn_dim", cfg.ffn_dim, official_ffn),
     ]
+    wanted.append(("final_shift", cfg.final_shift, not (is_next and text)))
     if is_next:
-        wanted += [("rope_axes", cfg.rope_axes, 2), ("text_dim", cfg.text_dim, cfg.text_dim or "more than 0")]
-    elif not text:
+        wanted.append(("rope_axes", cfg.rope_axes, 2))
+    if not text:
         wanted.append(("num_classes", cfg.num_classes, cfg.num_classes or "more than 0"))
     return [f"model.{key} is {ours}, there it is {theirs}" for key, ours, theirs in wanted if ours != theirs]
 

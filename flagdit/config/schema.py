@@ -70,6 +70,9 @@ class ModelConfig:
     time_scale: float = key(
         1000.0, "Factor on t in [0, 1] before the sinusoid; 1 for official checkpoints.", at_least=0
     )
+    final_shift: Optional[bool] = key(
+        None, "Shift beside the scale in the final adaLN; null: as the block, flag has it and next has not."
+    )
     learn_sigma: bool = key(False, "Double the output and drop the second half (official checkpoints only).")
     attention: str = key(
         "auto",

@@ -203,6 +203,7 @@ class FlagDiTTransformer(ModelMixin, ConfigMixin):
         has_nextline: bool,
         has_nextframe: bool,
         time_scale: float,
+        final_shift: bool,
         learn_sigma: bool,
     ):
         super().__init__()
@@ -218,7 +219,7 @@ class FlagDiTTransformer(ModelMixin, ConfigMixin):
         if num_classes:
             self.y_embedder = LabelEmbedder(num_classes, cond_dim)
         self.blocks = nn.ModuleList([Block(self.settings) for _ in range(num_layers)])
-        final_chunks = 2 if block == "flag" else 1
+        final_chunks = 2 if final_shift else 1
         self.final_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, final_chunks * dim))
         self.heads = nn.ModuleDict({m: nn.Linear(dim, (1 + learn_sigma) * p) for m, p in features.items()})
 

@@ -1,10 +1,13 @@
 """Official names and layout to ours and back; tests/unit/model/test_parity.py shows that the numbers are right."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from flagdit.batch import Segment
 from flagdit.checkpoint.lumina import (
     as_official,
     compare,
@@ -17,7 +20,11 @@ from flagdit.checkpoint.lumina_config import infer_config, obstacles, require_of
 from flagdit.checkpoint.tensors import Entry, InMemory
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import CheckpointError
+from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.sizes import SIZES, official, resolve
+from flagdit.model.tokens import TokenSpec, pack, unpack
+
+PARTS = ("weight", "bias")
 
 FLAG = ModelConfig(
     dim=96,
@@ -84,6 +91,75 @@ def test_class_conditional_names():
     assert theirs["y_embedder.embedding_table.weight"].shape == (4, 96)
     assert not {"pad_token", "eol_token"} & theirs.keys()
     assert equal(convert_official(theirs, cfg), ours)
+
+
+@torch.no_grad()
+def test_class_conditional_next_dit_gives_the_official_numbers():
+    """Against the official forward written out here: norms without weights first, shift and scale at the end."""
+    cfg = replace(FLAG, block="next", text_dim=0, num_classes=3, rope="axial", nextline=False, final_shift=True)
+    cfg = replace(cfg, learn_sigma=False, nextframe=False)
+    generator = torch.Generator().manual_seed(0)
+    w = {n: 0.2 * torch.randn(s, generator=generator) for n, s in official_shapes(cfg).items()}
+    assert w["layers.1.attention_norm.weight"].shape == (96,) and "layers.1.attention_norm1.weight" not in w
+    entries = {n: Entry.of(x) for n, x in w.items()}
+    assert infer_config(entries, {}, heads=4) == resolve(cfg) and not obstacles(cfg)
+    ours = dict(from_official(InMemory(w), cfg).items())
+    back = dict(as_official(InMemory(ours), cfg).items())
+    assert all(torch.equal(back[n], x) for n, x in w.items() if not n.startswith("final_layer.linear"))
+    with pytest.raises(CheckpointError, match="no weights in its first norms"):
+        as_official(InMemory(ours | {"blocks.0.ffn_norm1.weight": torch.zeros(96)}), cfg)
+
+    model = FlagDiT(cfg)
+    model.load_state_dict(ours)
+    x, t, y = torch.randn(2, 4, 4, 6, generator=generator), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
+    segments = [Segment(i, "image", (4, 1, 4, 6)) for i in range(2)]
+    spec = TokenSpec.from_model(cfg)
+    batch = pack(segments, list(x[:, :, None]), spec, labels=y)
+    found = torch.stack([v[:, 0] for v in unpack(model(batch.patches, t, batch), segments, spec)])
+    torch.testing.assert_close(found, official_next_dit_of_classes(w, x, t, y), rtol=2e-5, atol=2e-5)
+
+
+def official_next_dit_of_classes(w, x, t, y):
+    dim, heads, (b, c, h, v) = 96, 4, x.shape
+
+    def linear(z, name):
+        return F.linear(z, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(z):
+        return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-5)
+
+    def turn(z, cis):
+        pairs = torch.view_as_complex(z.reshape(b, -1, heads, dim // heads // 2, 2))
+        return torch.view_as_real(pairs * cis[None, :, None]).flatten(3)
+
+    frequency = 1 / 10000 ** (torch.arange(0, dim // heads, 4) / (dim // heads))
+    row, column = torch.meshgrid(torch.arange(h // 2), torch.arange(v // 2), indexing="ij")
+    angle = torch.stack([row.flatten()[:, None] * frequency, column.flatten()[:, None] * frequency], -1).flatten(1)
+    cis = torch.polar(torch.ones_like(angle), angle)
+    z = x.view(b, c, h // 2, 2, v // 2, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    z = linear(z, "x_embedder")
+    steps = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    cond = linear(F.silu(linear(torch.cat([steps.cos(), steps.sin()], -1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    cond = cond + w["y_embedder.embedding_table.weight"][y]
+    for i in range(2):
+        p = f"layers.{i}."
+        scale_a, gate_a, scale_f, gate_f = linear(F.silu(cond), p + "adaLN_modulation.1")[:, None].chunk(4, -1)
+        u = norm(z) * (1 + scale_a)
+        q, k = (
+            F.layer_norm(linear(u, f"{p}attention.w{n}"), (dim,), *(w[f"{p}attention.{n}_norm.{q}"] for q in PARTS))
+            for n in "qk"
+        )
+        value = linear(u, p + "attention.wv").view(b, -1, heads, dim // heads)
+        out = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (turn(q, cis), turn(k, cis), value)))
+        out = linear(out.transpose(1, 2).flatten(2), p + "attention.wo")
+        z = z + gate_a.tanh() * norm(out) * w[p + "attention_norm.weight"]
+        u = norm(z) * (1 + scale_f)
+        out = linear(F.silu(linear(u, p + "feed_forward.w1")) * linear(u, p + "feed_forward.w3"), p + "feed_forward.w2")
+        z = z + gate_f.tanh() * norm(out) * w[p + "ffn_norm.weight"]
+    shift, scale = linear(F.silu(cond), "final_layer.adaLN_modulation.1")[:, None].chunk(2, -1)
+    z = linear(F.layer_norm(z, (dim,), eps=1e-6) * (1 + scale) + shift, "final_layer.linear")
+    z = z.view(b, h // 2, v // 2, 2, 2, 2 * c).permute(0, 5, 1, 3, 2, 4).reshape(b, 2 * c, h, v)
+    return z[:, :c]
 
 
 def test_official_names_of_the_published_5b():
