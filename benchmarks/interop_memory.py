@@ -1,6 +1,6 @@
 """Memory of importing and exporting the published 5B network (5,046,643,744 parameters, bf16), with synthetic weights.
 
-    python benchmarks/interop_memory.py [--folder DIR] [--size 5b] [--parts 2] [--out FILE]
+    python benchmarks/interop_memory.py [--folder DIR] [--size 5b] [--parts 2] [--formats lumina …] [--out FILE]
 
 Needs about 21 GB of free disk, which it gives back. Each step runs in a process of its own; the figure is that
 process's peak resident memory, Python and torch included (the first line shows those alone). Seconds say little on a
@@ -30,16 +30,13 @@ from flagdit.model.sizes import official
 GB = 1e9
 LIMIT_GB = 4.0
 
-STEPS = {
-    "import of the packages": "import flagdit.checkpoint.importing, flagdit.checkpoint.export",
-    "import": "from flagdit.checkpoint.importing import *; import_weights(root / 'official', root / 'run')",
-    "export, safetensors": "from flagdit.checkpoint.export import *; "
-    "export_run(root / 'run', root / 'out', 'safetensors', Options())",
-    "export, lumina in 2 parts": "from flagdit.checkpoint.export import *; "
-    "export_run(root / 'run', root / 'out', 'lumina', Options(parts=2))",
-    "export, diffusers": "from flagdit.checkpoint.export import *; "
-    "export_run(root / 'run', root / 'out', 'diffusers', Options(encoders=False))",
-}
+FORMATS = ("safetensors", "lumina", "diffusers")
+STARTING = "import flagdit.checkpoint.importing, flagdit.checkpoint.export"
+IMPORT = "from flagdit.checkpoint.importing import *; import_weights(root / 'official', root / 'run')"
+EXPORT = (
+    "from flagdit.checkpoint.export import *; "
+    "export_run(root / 'run', root / 'out', '{}', Options(parts=2, encoders=False))"
+)
 PEAK = """
 import resource, sys
 from pathlib import Path
@@ -77,6 +74,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the system's temporary folder)")
     parser.add_argument("--size", default="5b", help="a published size of model/sizes.py (default: 5b)")
     parser.add_argument("--parts", type=int, default=2, help="model-parallel files to import (default: 2)")
+    parser.add_argument("--formats", nargs="*", default=FORMATS, help=f"to export to (default: {' '.join(FORMATS)})")
     parser.add_argument("--out", type=Path, help="also write figures and conditions to this file")
     args = parser.parse_args()
     figures: dict[str, float] = {}
@@ -85,7 +83,9 @@ def main() -> None:
         count = write_synthetic(root / "official", args.size, args.parts)
         print(f"{count:,} parameters in {args.parts} parts")
         print(f"{'step':<28}{'peak GB':>10}{'seconds':>10}")
-        for name, step in STEPS.items():
+        steps = {"packages alone": STARTING, "import": IMPORT}
+        steps |= {f"export, {kind}": EXPORT.format(kind) for kind in args.formats}
+        for name, step in steps.items():
             start = time.monotonic()
             figures[name] = round(peak_of(step, root) / GB, 3)
             print(f"{name:<28}{figures[name]:>10.2f}{time.monotonic() - start:>10.0f}", flush=True)
