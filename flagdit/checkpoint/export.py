@@ -34,7 +34,7 @@ FORMATS = ("diffusers", "lumina", "safetensors")
 MANIFEST, CONFIG, CLASS = "manifest.json", "config.json", "FlagDiT"
 STEM = "model"
 GB = 10**9
-TRAINING_ONLY = ("size", "checkpointing", "checkpoint_every")
+TRAINING_ONLY = ("size", "attention", "checkpointing", "checkpoint_every")
 """Keys of the network that say nothing about its weights or what it computes."""
 
 
@@ -106,7 +106,7 @@ def portable(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         run_dir=Recipe().run_dir,
-        model=replace(recipe.model, checkpointing="none", checkpoint_every=1),
+        model=replace(recipe.model, attention=ModelConfig().attention, checkpointing="none", checkpoint_every=1),
         data=replace(recipe.data, workers=0, prefetch=2),
         train=replace(
             recipe.train,

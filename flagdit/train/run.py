@@ -105,7 +105,7 @@ class Run:
                 where=str(self.folder.path),
                 fix=f"Start a run of your own from them: name=… train.init_from={self.folder.path}.",
             )
-        if checkpoint.state["base"] != self.base:
+        if checkpoint.state.get("base") != self.base:
             raise CheckpointError(
                 f"the adapters of this run stand on other weights than train.init_from={self.recipe.train.init_from}",
                 where=str(self.folder.path),
