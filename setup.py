@@ -14,6 +14,7 @@ setup(
         "flagdit.recipes": ["**/*.yaml"],
         "flagdit.train": ["templates/*"],
         "flagdit.launch": ["templates/*"],
+        "flagdit.checkpoint": ["templates/*"],
     },
     python_requires=">=3.10",
     install_requires=[

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from flagdit import __version__
-from flagdit.cli import data, generate, launch, train
+from flagdit.cli import checkpoint, data, generate, launch, train
 from flagdit.cli.common import PLAIN
 from flagdit.errors import FlagDiTError, RecipeError
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(train.app)
 app.add_typer(generate.app)
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(launch.app)
 
 

@@ -59,6 +59,9 @@ class ModelConfig:
     time_scale: float = key(
         1000.0, "Factor on t in [0, 1] before the sinusoid; 1 for official checkpoints.", at_least=0
     )
+    final_shift: Optional[bool] = key(
+        None, "Shift beside the scale in the final adaLN; null: as the block, flag has it and next has not."
+    )
     learn_sigma: bool = key(False, "Double the output and drop the second half (official checkpoints only).")
     attention: str = key(
         "auto",
@@ -231,6 +234,24 @@ class TrainConfig:
     ema_decays: Numbers = key([0.9999], "Decay of each exponential moving average of the weights, per step.")
     ema_warmup: bool = key(True, "Limit the decay to (1+step)/(10+step), so that early averages forget the start.")
     log_every: int = key(10, "Steps between two log lines.", at_least=1)
+    init_from: Optional[str] = key(
+        None, "Run folder whose weights training starts from, trained here or imported; null: from the seed."
+    )
+    init_ema: Optional[int] = key(
+        None, "Which of that run's averages; -1: its raw weights; null: as its own sample.ema says.", at_least=-1
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: what trains when the weights themselves stay as they are."""
+
+    rank: int = key(0, "Rank of the adapters; 0: none, all weights train.", at_least=0)
+    alpha: float = key(16.0, "Strength: the adapters' product counts alpha/rank times.", at_least=0)
+    targets: Texts = key(
+        ["wq", "wk", "wv", "wo", "wk_y", "wv_y"],
+        "Linear layers of the blocks that get adapters: wq, wk, wv, wo, wk_y, wv_y, w1, w2, w3.",
+    )
 
 
 @dataclass(frozen=True)
@@ -329,6 +350,7 @@ class Recipe:
     optimizer: OptimizerConfig = block(OptimizerConfig)
     guard: GuardConfig = block(GuardConfig)
     train: TrainConfig = block(TrainConfig)
+    lora: LoraConfig = block(LoraConfig)
     parallel: ParallelConfig = block(ParallelConfig)
     validation: ValidationConfig = block(ValidationConfig)
     sample: SampleConfig = block(SampleConfig)

@@ -14,6 +14,7 @@ from flagdit.config.keys import all_keys, flatten, nearest
 from flagdit.config.problems import Problem, divisors, either, nearest_values, raise_problems
 from flagdit.config.schema import Recipe
 from flagdit.config.validate_parallel import parallel_problems
+from flagdit.config.validate_start import start_problems
 from flagdit.errors import RecipeError
 
 COLOURS = 3
@@ -369,4 +370,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _grids,
     _positive,
     _sample_size,
+    start_problems,
 )

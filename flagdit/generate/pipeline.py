@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from flagdit.batch import PackedText, Segment
-from flagdit.checkpoint import store
+from flagdit.checkpoint.weights import open_weights
 from flagdit.codecs.audio import MelCodec
 from flagdit.codecs.latents import Codec
 from flagdit.codecs.modality import codec_for
 from flagdit.codecs.text import TextEncoder, build_text_encoder
-from flagdit.config.load import load_recipe
 from flagdit.config.schema import Recipe, SampleConfig
 from flagdit.config.validate import parse_size, sizes_near
 from flagdit.errors import CheckpointError, RecipeError
@@ -262,10 +261,8 @@ def load_pipeline(
         CheckpointError: no run, no checkpoint, or a damaged one.
         RecipeError: no such average, or a codec or text encoder that cannot be loaded.
     """
-    run_dir = Path(run_dir)
-    recipe = load_run_recipe(run_dir)
-    group = weights_group(recipe, recipe.sample.ema if ema is None else ema)
-    weights = store.load(store.find(run_dir, step), groups=[group]).tensors[group]
+    found = open_weights(run_dir, step=step, ema=ema)
+    recipe = found.recipe
     if device is None:
         device = "cuda" if torch.cuda.is_available() and recipe.train.device != "cpu" else "cpu"
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -274,7 +271,7 @@ def load_pipeline(
     with torch.device("meta"):
         model = FlagDiT(replace(recipe.model, kernels=kernels))
     try:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(dict(found.tensors.items()), assign=True)
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights do not fit the recipe beside them: {error}",
@@ -286,45 +283,6 @@ def load_pipeline(
     head_dim = model.cfg.dim // model.cfg.num_heads
     model.attention_backend = choose_backend(torch.device(device), dtype, head_dim, first=recipe.model.attention)
     return Pipeline.build(model, recipe)
-
-
-def load_run_recipe(run_dir: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        CheckpointError: there is no run.
-        RecipeError: its recipe cannot be read.
-    """
-    path = run_dir / "recipe.yaml"
-    try:
-        exists = path.is_file()
-    except OSError as error:
-        raise CheckpointError(f"the run folder cannot be read: {error.strerror}", where=str(run_dir)) from None
-    if not exists:
-        raise CheckpointError(
-            "there is no run here" if run_dir.is_dir() else "there is no such folder",
-            where=str(run_dir),
-            fix="Give the folder of a run, such as runs/quickstart; it holds recipe.yaml and checkpoints/.",
-        )
-    return load_recipe(path)
-
-
-def weights_group(recipe: Recipe, ema: int) -> str:
-    """Name of the tensors to sample from, in a checkpoint.
-
-    Raises:
-        RecipeError: no such average.
-    """
-    decays = recipe.train.ema_decays
-    if ema < 0 or not decays:
-        return "model"
-    if ema >= len(decays):
-        raise RecipeError(
-            f"there is no average number {ema}",
-            where="sample.ema",
-            fix=f"train.ema_decays={decays} are counted from 0; -1 is the raw weights.",
-        )
-    return f"ema_{decays[ema]}"
 
 
 def split(costs: Sequence[int], budget: int) -> list[slice]:

@@ -51,6 +51,7 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.max_bad_samples",
+    "train.init_from",
     "train.steps",
     "train.accumulation",
     "train.device",

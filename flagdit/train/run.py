@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from flagdit.checkpoint import store
+from flagdit.checkpoint.weights import ORIGIN, weights_group
 from flagdit.config.schema import ModelConfig, Recipe
 from flagdit.data_pipelines.mixture import Mixture, open_mixture
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
-from flagdit.generate.pipeline import weights_group
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.ops import choose_kernels
 from flagdit.model.sizes import resolve
@@ -25,6 +25,7 @@ from flagdit.train.engine import DTYPES, build_engine
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
 from flagdit.train.guard import Guard
 from flagdit.train.metrics import Meter, peak_tflops
+from flagdit.train.start import first_values
 from flagdit.train.wandb_log import WandbLog
 
 
@@ -39,6 +40,7 @@ class Run:
         content: names the data set by what is in it.
         model: the network itself, as the engine left it.
         null_text_LY: features of the empty caption; None for models without text.
+        base: fingerprint of the frozen weights that adapters stand on; None without adapters.
         step: optimizer steps done, skipped ones included; also the number of the next global batch.
     """
 
@@ -56,6 +58,7 @@ class Run:
     guard: Guard
     meter: Meter
     display: Display
+    base: str | None = None
     wandb: WandbLog | None = None
     step: int = 0
 
@@ -82,6 +85,7 @@ class Run:
             "batch": self.step,
             "recipe": recipe_hash(self.recipe),
             "data": self.content,
+            "base": self.base,
             "guard": self.guard.state(),
             "meter": self.meter.state(),
         }
@@ -95,9 +99,21 @@ class Run:
         """Takes back what `save` wrote.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another recipe.
+            CheckpointError: the checkpoint belongs to another recipe, or was imported.
             RecipeError: the data set is not the one that the run was trained on.
         """
+        if ORIGIN in checkpoint.state:
+            raise CheckpointError(
+                "this folder holds imported weights, without the optimizer state that continuing needs",
+                where=str(self.folder.path),
+                fix=f"Start a run of your own from them: name=… train.init_from={self.folder.path}.",
+            )
+        if checkpoint.state.get("base") != self.base:
+            raise CheckpointError(
+                f"the adapters of this run stand on other weights than train.init_from={self.recipe.train.init_from}",
+                where=str(self.folder.path),
+                fix="Give the run folder that it was started from.",
+            )
         if checkpoint.state["recipe"] != recipe_hash(self.recipe):
             raise CheckpointError(
                 "the checkpoint was made with another recipe than the run folder's recipe.yaml",
@@ -121,13 +137,16 @@ def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelCon
     """A run at step 0.
 
     Raises:
-        RecipeError: model.attention or model.kernels cannot serve on the mesh's device.
+        RecipeError: model.attention or model.kernels cannot serve on the mesh's device, or train.init_from holds
+            another network.
+        CheckpointError: train.init_from cannot be read.
         DataError: the data set cannot be opened.
     """
     mixture = open_mixture(recipe)
     model_config = resolve(recipe.model)
     kernels = choose_kernels(model_config, mesh.device, DTYPES[recipe.train.precision])
-    model, engine = build_engine(recipe, mesh, longest_sample(mixture, model_config))
+    start = first_values(recipe, folder.path)
+    model, engine = build_engine(recipe, mesh, longest_sample(mixture, model_config), start.value)
     return Run(
         recipe=recipe,
         folder=folder,
@@ -143,6 +162,7 @@ def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelCon
         guard=Guard(recipe.guard, folder.ledger, writes=mesh.is_first),
         meter=Meter(peak_tflops(mesh.device, recipe.log.peak_tflops, mesh.world)),
         display=display,
+        base=start.fingerprint,
     )
 
 

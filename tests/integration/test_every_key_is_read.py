@@ -90,6 +90,8 @@ def test_every_key_is_read(tmp_path, reads):
     ]
     encode_dataset(raw, tmp_path / "encoded", load_recipe("quickstart", common))
     train(load_recipe("quickstart", [*common, "name=plain", "train.device=cpu"]))
+    adapters = [f"train.init_from={tmp_path}/runs/plain", "train.init_ema=-1", "lora.rank=1", "lora.targets=[wq]"]
+    train(load_recipe("quickstart", [*common, "name=adapted", *adapters]))
     workers = ["data.workers=1", "log.wandb_project=test", "model.checkpointing=block", "model.block=next"]
     train(load_recipe("quickstart", [*common, "name=other", *workers]))
     with pytest.raises(FlagDiTError, match="bad steps in a row"):

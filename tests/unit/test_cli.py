@@ -80,6 +80,13 @@ def test_version(flagdit):
         ("sample . --prompt x --label 1", "exclude each other"),
         ("sample . --prompt x --out x.txt", "not a picture file"),
         ("evaluate nowhere", "there is no such folder"),
+        ("checkpoint import nowhere run", "there is no folder nowhere"),
+        ("checkpoint import . run", "neither a run, nor config.json, nor consolidated"),
+        ("checkpoint import . run --weights both", "--weights both is not known"),
+        ("checkpoint export nowhere out", "nowhere: there is no such folder"),
+        ("checkpoint export nowhere out --format onnx", "--format onnx is not known"),
+        ("checkpoint inspect nowhere", "there is no folder nowhere"),
+        ("checkpoint diff nowhere .", "there is no folder nowhere"),
         ("report nowhere", "nowhere"),
         ("recipe show quickstart train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
         (
