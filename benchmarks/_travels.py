@@ -51,7 +51,7 @@ class Shape:
 
     Attributes:
         e: bytes of a weight or activation.
-        replicated: elements of each parameter that is whole on every tensor rank while each sees a part of its gradient.
+        replicated: elements of each parameter that is whole on all tensor ranks while each sees a part of its gradient.
         local: elements of each parameter's part on this tensor rank, and whether it is a matrix.
         forwards: times that a block runs forward in a step: 2 with block checkpointing.
     """

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from _collectives import Amount, Count, Traffic, axes_of, leaving
 from _conditions import write_result
+from _ranks import from_ranks
 from _travels import step_traffic
 
 from flagdit.batch import PackedBatch, PackedText, Segment
@@ -38,8 +38,6 @@ from flagdit.config.schema import (
     TrainConfig,
 )
 from flagdit.flow.objective import FlowMatching
-from flagdit.launch.local import free_port, rank_environment
-from flagdit.launch.processes import run_ranks
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, pack
 from flagdit.parallel.mesh import ParallelContext, mesh_of
@@ -165,15 +163,6 @@ def work(out: Path, only: str) -> None:
     dist.destroy_process_group()
 
 
-def gather(world: int, only: str) -> list[list[list[Any]]]:
-    """The rows of every rank of a world."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, port = Path(folder), free_port()
-        argv = [sys.executable, __file__, "--rank-of", folder, "--only", only]
-        run_ranks(argv, world, out / "logs", lambda rank: rank_environment(rank, world, port), print)
-        return [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", default="2,4", help="numbers of ranks, comma-separated (default: 2,4)")
@@ -187,7 +176,7 @@ def main() -> None:
     print(f"{head[0]:<22}{head[1]:<9}{head[2]:<15}{head[3]:>6}{head[4]:>12}{head[5]:>12}{head[6]:>12}")
     wrong, error, meshes, table = [], 0.0, set(), []
     for world in map(int, args.worlds.split(",")):
-        for rank, rows in enumerate(gather(world, args.only)):
+        for rank, rows in enumerate(from_ranks(__file__, world, "--only", args.only)):
             for name, axis, kind, want_calls, calls, want, payload, sent in rows:
                 difference = abs(payload - want) / max(payload, want, 1)
                 error = max(error, difference)

@@ -17,38 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from _activations import measure, trace
 from _conditions import write_result
 from _live_bytes import LiveBytes
+from _ranks import from_ranks
 from _states import states
-from torch import Tensor
 
 from flagdit.batch import PackedBatch, PackedText, Segment
 from flagdit.config.load import SHIPPED, load_recipe
-from flagdit.config.schema import FlowConfig, ModelConfig, ParallelConfig, Recipe, TextConfig, TrainConfig
-from flagdit.flow.objective import FlowMatching
-from flagdit.launch.local import free_port, rank_environment
-from flagdit.launch.processes import run_ranks
+from flagdit.config.schema import ModelConfig, ParallelConfig, Recipe, TextConfig, TrainConfig
 from flagdit.model.attention_backends.flash import Varlen
 from flagdit.model.attention_backends.sdpa import Sdpa
-from flagdit.model.block import TP_PLAN
-from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, num_tokens, pack
-from flagdit.parallel.context import ContextAttention, share
-from flagdit.parallel.mesh import ParallelContext, mesh_of
-from flagdit.parallel.tensor import materialize, split_model
-from flagdit.train.engine import DTYPES
+from flagdit.parallel.mesh import mesh_of
 
 SMALL = ModelConfig(
     dim=128, num_layers=3, num_heads=8, ffn_dim=384, text_dim=32, modalities={"image": 4, "video": 4}
@@ -80,34 +68,6 @@ LONG = 131_072
 GPU_GB = 80
 
 
-def build(recipe: Recipe, mesh: ParallelContext, backend: Any, value: Callable[[str, torch.Size], Tensor]) -> FlagDiT:
-    """The model of a run, without an engine: gradients are dropped as soon as they are there."""
-    with torch.device("meta"):
-        model = FlagDiT(recipe.model)
-    materialize(model, split_model(model, TP_PLAN, mesh), mesh, value, DTYPES[recipe.train.precision])
-    model.attention_backend = backend
-    if mesh.context.size > 1:
-        model.self_attention = ContextAttention(backend, mesh)
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(_drop)
-    return model
-
-
-def _drop(p: Tensor) -> None:
-    p.grad = None
-
-
-def peak(model: FlagDiT, batch: PackedBatch, noise: dict[str, Tensor], t_S: Tensor, **options: Any) -> LiveBytes:
-    """Forward and backward of this rank's part of a pack, followed byte by byte, its inputs included."""
-    inputs = [*batch.patches.values(), *noise.values(), t_S]
-    inputs += [batch.text.features_MY] if batch.text else []
-    with LiveBytes(**options) as live:
-        for x in inputs:
-            live.add(x)
-        FlowMatching(FlowConfig()).loss(model, batch, noise, t_S).total.backward()
-    return live
-
-
 # Small, on real ranks.
 
 
@@ -131,11 +91,7 @@ def work(out: Path, largest: int) -> None:
         for kind in CHECKPOINTING:
             recipe = Recipe(model=resolve(replace(SMALL, checkpointing=kind)), parallel=parallel)
             with mesh_of(recipe, "cpu") as mesh:
-                model = build(recipe, mesh, Sdpa(), lambda _, shape: 0.02 * torch.randn(shape))
-                whole = small_pack(recipe.model)
-                batch = share(whole, mesh, model.patch_dims) if world > 1 else whole
-                noise = {m: torch.randn_like(x) for m, x in batch.patches.items()}
-                live = peak(model, batch, noise, torch.rand(len(SAMPLES)))
+                live = measure(recipe, mesh, Sdpa(), small_pack(recipe.model))
             found[f"{name}/{kind}"] = live.peak
             if rank == 0 and largest:
                 print(f"\n{name}, checkpointing {kind}: {live.peak / 1e6:.1f} MB", flush=True)
@@ -151,17 +107,11 @@ def tell(live: LiveBytes, count: int) -> None:
         print(f"  {size / 1e6:>10.2f} MB  {number:>4} × {dtype} {list(shape)} of {name}", flush=True)
 
 
-def measure(largest: int) -> dict[str, int]:
+def gather(largest: int) -> dict[str, int]:
     """Mesh/checkpointing → the largest peak of its ranks, in bytes."""
     found: dict[str, int] = {}
     for world in MESHES:
-        with tempfile.TemporaryDirectory() as folder:
-            out, port = Path(folder), free_port()
-            argv = [sys.executable, __file__, "--rank-of", folder, "--largest", str(largest)]
-            run_ranks(
-                argv, world, out / "logs", lambda rank, n=world, port=port: rank_environment(rank, n, port), print
-            )
-            every = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
+        every = from_ranks(__file__, world, "--largest", str(largest))
         found |= {name: max(rank[name] for rank in every) for name in every[0]}
     return found
 
@@ -195,40 +145,6 @@ def long_pack(recipe: Recipe) -> PackedBatch:
     return pack([segment], [torch.zeros(segment.shape)], spec, text=text, labels=labels)
 
 
-def trace(recipe: Recipe, rank: int) -> tuple[LiveBytes, int, int]:
-    """One rank's forward and backward; elements of its parts of the parameters; ranks that share their states."""
-    from megatron.core import parallel_state
-    from torch._subclasses import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    world = recipe.parallel.tensor * recipe.parallel.context
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    # megatron-core would form gloo groups beside its own, which cannot pretend.
-    alone = partial(parallel_state.initialize_model_parallel, create_gloo_process_groups=False)
-    place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % 8)}
-    with (
-        patch.dict(os.environ, place),
-        patch.object(parallel_state, "initialize_model_parallel", alone),
-        mesh_of(recipe, "cpu") as mesh,
-    ):
-        # The layout of a pack is read in Python, so it is real; whatever the model makes of it is fake.
-        with torch.device("meta"):
-            patch_dims = FlagDiT(recipe.model).patch_dims
-        batch = share(long_pack(recipe), mesh, patch_dims)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = build(recipe, mesh, Varlen(), lambda _, shape: torch.empty(shape))
-            noise = {m: torch.empty_like(x) for m, x in batch.patches.items()}
-            t_S = torch.empty(len(batch.segments))
-            live = peak(model, batch, noise, t_S, workspace={"flagdit::packed_attention_backward": _query_gradient})
-        local = sum(p.numel() for p in model.parameters())
-    dist.destroy_process_group()
-    return live, local, mesh.shards.size
-
-
-def _query_gradient(grad: Tensor, *_: Any) -> int:
-    return grad.numel() * 4
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--largest", type=int, default=0, help="also print so many of the largest tensors at each peak")
@@ -246,7 +162,7 @@ def main() -> None:
 
 def small(largest: int) -> dict[str, Any]:
     """Measures, prints and returns the scaling of activations."""
-    found = measure(largest)
+    found = gather(largest)
     print(f"\n{'mesh':<24}{'checkpointing':<15}{'MB a rank':>10}{'× ranks ÷ one process':>23}")
     deviations = {}
     for world, meshes in MESHES.items():
@@ -262,7 +178,7 @@ def long(largest: int) -> dict[str, Any]:
     """Traces, prints and returns what a rank of the 7B recipe takes."""
     recipe = long_recipe()
     p = recipe.parallel
-    live, local, shards = trace(recipe, rank=0)
+    live, local, shards = trace(recipe, 0, Varlen(), long_pack(recipe))
     parts = {"activations": live.peak, **states(recipe, local, shards)}
     print(
         f"\n{recipe.name}: rank 0 of TP{p.tensor}×CP{p.context} (ring {p.ring}), ZeRO {p.zero}, {LONG:,} tokens, "

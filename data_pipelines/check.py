@@ -2,45 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flagdit.codecs.latents import codec_spec
+from flagdit.codecs.modality import codec_spec_for
 from flagdit.codecs.text import text_spec
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.index import Dataset
-from flagdit.errors import DataError, FlagDiTError
+from flagdit.data_pipelines.mixture import Mixture, cache_of
+from flagdit.errors import DataError, FlagDiTError, RecipeError
 from flagdit.model.tokens import TokenSpec, num_tokens
 
 
-def check_dataset(recipe: Recipe, dataset: Dataset) -> None:
-    """Holds a data set, and the validation data if the run validates, against the recipe that will train on it.
+def check_shares(recipe: Recipe, data_size: int) -> None:
+    """Whether every rank and micro-batch gets as many samples, or budgeted packs.
+
+    Raises:
+        RecipeError: not so; names the nearest batch sizes and the accumulations that fit.
+    """
+    size, parts = recipe.data.batch_size, recipe.train.accumulation * data_size
+    if size % parts == 0:
+        return
+    sizes = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+    fitting = [a for a in range(1, size + 1) if size % (a * data_size) == 0]
+    fitting = sorted(sorted(fitting, key=lambda a: abs(a - recipe.train.accumulation))[:2])
+    raise RecipeError(
+        f"data.batch_size={size} cannot be shared out evenly over {data_size} data ranks with "
+        f"train.accumulation={recipe.train.accumulation}",
+        fix=f"Try data.batch_size={' or '.join(map(str, sizes))}"
+        + (f", or train.accumulation={' or '.join(map(str, fitting))}." if fitting else "."),
+    )
+
+
+def check_training(recipe: Recipe, mixture: Mixture) -> None:
+    """Holds the data sets, and the validation data if the run validates, against the recipe that will train on them.
+
+    Raises:
+        DataError: one or more faults of a data set, all listed.
+    """
+    for member in mixture.members:
+        check_dataset(recipe, member.dataset, [m.dataset for m in mixture.members])
+    _ = mixture.null_text  # members that were encoded by different text encoders say so here
+
+
+def check_dataset(recipe: Recipe, dataset: Dataset, all_sets: Sequence[Dataset] = ()) -> None:
+    """Holds one data set to train on against the recipe.
+
+    Args:
+        all_sets: the data sets of the run, where there are several: one of them must have the validation split.
 
     Raises:
         DataError: one or more faults, all listed.
     """
     faults = _faults(recipe, dataset)
-    _check_split(dataset, "data.split", recipe.data.split, recipe.data.batch_size, faults)
+    alone = len(all_sets) < 2 and not recipe.data.pack_tokens
+    _check_split(dataset, "data.split", recipe.data.split, recipe.data.batch_size if alone else 1, faults)
     if recipe.validation.every:
         if recipe.validation.path is None:
-            _check_split(dataset, "validation.split", recipe.validation.split, 1, faults)
+            _check_somewhere(recipe, dataset, all_sets, faults)
         else:
             try:
-                check_validation(recipe, Dataset.open(recipe.validation.path))
+                check_validation(recipe, Mixture({recipe.validation.path: 1.0}, cache_of(recipe)))
             except DataError as error:
                 faults.append(f"validation.path: {error}")
     _raise(dataset, faults)
 
 
-def check_validation(recipe: Recipe, dataset: Dataset) -> None:
-    """Holds the validation data set against the recipe.
+def check_validation(recipe: Recipe, mixture: Mixture) -> None:
+    """Holds the validation data against the recipe.
 
     Raises:
-        DataError: one or more faults, all listed.
+        DataError: one or more faults of a data set, all listed.
     """
-    faults = _faults(recipe, dataset)
-    _check_split(dataset, "validation.split", recipe.validation.split, 1, faults)
-    _raise(dataset, faults)
+    for member in mixture.members:
+        faults = _faults(recipe, member.dataset)
+        _check_somewhere(recipe, member.dataset, [m.dataset for m in mixture.members], faults)
+        _raise(member.dataset, faults)
+
+
+def _check_somewhere(recipe: Recipe, dataset: Dataset, all_sets: Sequence[Dataset], faults: list[str]) -> None:
+    if not any(recipe.validation.split in other.splits for other in all_sets):
+        _check_split(dataset, "validation.split", recipe.validation.split, 1, faults)
 
 
 def _raise(dataset: Dataset, faults: list[str]) -> None:
@@ -56,7 +98,7 @@ def _raise(dataset: Dataset, faults: list[str]) -> None:
 def _faults(recipe: Recipe, dataset: Dataset) -> list[str]:
     faults: list[str] = []
     _check_model(recipe, dataset, faults)
-    _compare("codec", dataset.codec, lambda: codec_spec(recipe.codec), faults)
+    _compare("codec", dataset.codec, lambda: codec_spec_for(recipe, dataset.modality), faults)
     text_dim = recipe.model.text_dim
     if text_dim and dataset.text is None:
         faults.append(f"it has no text features, and model.text_dim={text_dim}")

@@ -2,51 +2,28 @@
 
 Each raw shard becomes one encoded shard of the same name, written whole or not at all. A killed encode continues with
 the shards that are not done and ends with the same bytes; with other settings it refuses.
-
-Shape legend
-    C, F, H, W  channels, frames or views, rows, columns
-    L, Y        tokens and width of text features
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from flagdit.codecs.latents import Codec, build_codec, codec_spec
-from flagdit.codecs.text import TextEncoder, build_text_encoder, text_spec
+from flagdit.codecs.latents import Codec
+from flagdit.codecs.modality import codec_spec_for
+from flagdit.codecs.text import text_spec
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.build import check_rejected
 from flagdit.data_pipelines.index import Dataset
+from flagdit.data_pipelines.machine import DTYPES, Job, Machine
 from flagdit.data_pipelines.progress import Advance, progress
-from flagdit.data_pipelines.records import Rejected
-from flagdit.data_pipelines.shards import Sample, npy_bytes
 from flagdit.data_pipelines.writer import DatasetWriter
 from flagdit.errors import DataError, RecipeError
-
-DTYPES = {"fp32": np.float32, "fp16": np.float16}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every process of one encode needs."""
-
-    src: Path
-    out: Path
-    recipe: Recipe
-    settings: dict
-    device: str
 
 
 def encode_dataset(
@@ -59,7 +36,8 @@ def encode_dataset(
     device: str = "auto",
     max_bad: float = 0.01,
     overwrite: bool = False,
-) -> Dataset:
+    task: tuple[int, int] | None = None,
+) -> Dataset | None:
     """Encodes a raw data set with the recipe's codec and text encoder, or opens it where that has been done.
 
     Args:
@@ -72,6 +50,11 @@ def encode_dataset(
         device: of the models; auto: cuda where there is one.
         max_bad: share of samples that cannot be encoded above which it fails.
         overwrite: replace a data set of other settings.
+        task: (i, n): only every n-th shard from the i-th on; n such tasks at once, on any machines, make the whole, and
+            the last one to end completes it.
+
+    Returns:
+        The data set; None where other tasks are still at work on it.
 
     Raises:
         RecipeError: a codec or encoder that cannot be built, or an unknown dtype.
@@ -81,14 +64,13 @@ def encode_dataset(
     if dtype not in ("auto", *DTYPES):
         raise RecipeError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
     raw = Dataset.open(src, "raw")
-    if raw.modality not in READERS:
-        raise DataError(f"holds {raw.modality}, for which there is no encoder yet", where=str(src))
     with_text = recipe.model.text_dim > 0
+    by_model = bool(recipe.audio.path) if raw.modality == "audio" else recipe.codec.kind == "diffusers"
     settings = {
         "source": raw.info["content"],
-        "codec": codec_spec(recipe.codec),
+        "codec": codec_spec_for(recipe, raw.modality),
         "text": text_spec(recipe.text) if with_text else None,
-        "dtype": _dtype(dtype, recipe.codec.kind == "diffusers"),
+        "dtype": _dtype(dtype, by_model),
         "text_dtype": _dtype(dtype, recipe.text.kind != "embedded") if with_text else None,
     }
     out = Path(out)
@@ -98,12 +80,13 @@ def encode_dataset(
         return Dataset.open(out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = _Job(Path(src), out, recipe, settings, device)
+    job = Job(Path(src), out, recipe, settings, device)
     names = raw.shard_names
-    todo = [i for i, name in enumerate(names) if not writer.done(name)]
-    if len(todo) < len(names):
-        print(f"{out}: {len(names) - len(todo)} of {len(names)} shards are done already", flush=True)
-    machine = _Machine(job)
+    own = range(len(names)) if task is None else range(task[0], len(names), task[1])
+    todo = [i for i in own if not writer.done(names[i])]
+    if len(todo) < len(own):
+        print(f"{out}: {len(own) - len(todo)} of {len(own)} shards are done already", flush=True)
+    machine = Machine(job)
     _check_sizes(raw, machine.codec)
     with progress(f"encoding {src}", sum(raw.info["shards"][i][1] for i in todo)) as advance:
         if workers:
@@ -111,14 +94,43 @@ def encode_dataset(
         else:
             for i in todo:
                 machine.encode_shard(writer, i, advance)
+    if task is not None and not writer.all_done_here(names):
+        print(f"{out}: task {task[0]} of {task[1]} is done; the last one completes the data set", flush=True)
+        return None
     rejected = writer.rejected(names)
     writer.ledger(rejected)
     check_rejected(out, rejected, len(raw), max_bad)
     info = {k: raw.info[k] for k in ("modality", "source", "licence")}
     info = {"kind": "encoded", **info, **{k: settings[k] for k in ("codec", "text", "dtype", "text_dtype")}}
     info |= {"channels": machine.codec.channels, "factor": machine.codec.factor}
+    info["dtype_error"] = machine.dtype_error()
+    if info["dtype_error"]:
+        print(f"{out}: {settings['dtype']} changes the latents by {info['dtype_error']:.2g} of their size", flush=True)
     null = machine.text.encode([""])[0].numpy() if machine.text is not None else None
     return writer.finish(info, names, rejected, null)
+
+
+def array_task(text: str | None) -> tuple[int, int] | None:
+    """ "i/n", or, where it is "auto" in a SLURM array, this job's place in it; None for None.
+
+    Raises:
+        RecipeError: not such a text, or no array.
+    """
+    if text is None:
+        return None
+    if text == "auto":
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
+        values = [os.environ.get(name, "") for name in names]
+        if not all(v.isdecimal() for v in values):
+            raise RecipeError("--task auto outside a SLURM array", fix="Submit with --array=0-7, or give --task i/n.")
+        number, first, count = map(int, values)
+        if int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1")) != 1:
+            raise RecipeError("--task auto in an array with steps", fix="Submit with --array=0-7.")
+        return number - first, count
+    number_text, _, count_text = text.partition("/")
+    if not (number_text.isdecimal() and count_text.isdecimal() and int(number_text) < int(count_text)):
+        raise RecipeError(f"--task {text} is not i/n with i from 0 to n−1", fix="For example 0/8, or auto.")
+    return int(number_text), int(count_text)
 
 
 def _dtype(dtype: str, from_folder: bool) -> str:
@@ -139,90 +151,13 @@ def _check_sizes(raw: Dataset, codec: Codec) -> None:
         )
 
 
-class _Machine:
-    """The models of one process."""
-
-    def __init__(self, job: _Job):
-        self.job = job
-        self.codec: Codec = build_codec(job.recipe.codec).to(job.device)
-        has_text = job.settings["text"] is not None
-        self.text: TextEncoder | None = build_text_encoder(job.recipe.text).to(job.device) if has_text else None
-        self.raw = Dataset.open(job.src, "raw")
-        starts = np.cumsum([0] + [count for _, count in self.raw.info["shards"]])
-        self.spans = [range(int(a), int(b)) for a, b in pairwise(starts)]
-
-    def encode_shard(self, writer: DatasetWriter, number: int, advance: Advance) -> None:
-        """One shard, from raw to done."""
-        samples: list[Sample] = []
-        rejected: list[Rejected] = []
-        for sample_id in self.spans[number]:
-            try:
-                samples.append(self._encode(sample_id))
-            except DataError as error:
-                rejected.append(Rejected(self.raw.key(sample_id), error.what))
-            advance(1)
-        writer.put(self.raw.shard_names[number], self._with_text(samples, rejected), rejected)
-
-    def _encode(self, sample_id: int) -> Sample:
-        """A sample with its latent; the text features follow for the whole shard at once."""
-        members = self.raw.members(sample_id)
-        pixels_CFHW = READERS[self.raw.modality](members)
-        if tuple(pixels_CFHW.shape) != self.raw.shape(sample_id):
-            raise DataError(f"decodes to {tuple(pixels_CFHW.shape)}; its index row says {self.raw.shape(sample_id)}")
-        latent_CFHW = self.codec.encode(pixels_CFHW.to(self.job.device)).cpu()
-        files = {name: bytes(members[name]) for name in ("txt", "json")}
-        files["latent.npy"] = npy_bytes(_cast(latent_CFHW, self.job.settings["dtype"], "latent"))
-        c, f, h, w = latent_CFHW.shape
-        columns = self.raw.columns
-        return Sample(columns["key"][sample_id].decode(), files, (c, f, h, w), label=int(columns["label"][sample_id]))
-
-    def _with_text(self, samples: list[Sample], rejected: list[Rejected]) -> list[Sample]:
-        if self.text is None:
-            return samples
-        features = self.text.encode([sample.members["txt"].decode() for sample in samples])
-        done = []
-        for sample, text_LY in zip(samples, features, strict=True):
-            try:
-                files = {
-                    **sample.members,
-                    "text.npy": npy_bytes(_cast(text_LY, self.job.settings["text_dtype"], "text")),
-                }
-                done.append(Sample(sample.key, files, sample.shape, len(text_LY), sample.label))
-            except DataError as error:
-                rejected.append(Rejected(sample.key, error.what))
-        return done
+_worker: tuple[Machine, DatasetWriter] | None = None  # of a worker process
 
 
-def _cast(x: Tensor, dtype: str, what: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        array = x.numpy().astype(DTYPES[dtype])
-    if not np.isfinite(array).all():
-        raise DataError(f"its {what} is not finite in {dtype}")
-    return array
-
-
-def _read_image(members: Mapping[str, memoryview]) -> Tensor:
-    """(3, 1, H, W) fp32 pixels in [−1, 1]."""
-    if "png" not in members:
-        raise DataError("has no picture")
-    try:
-        picture = Image.open(io.BytesIO(members["png"]), formats=("PNG",)).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"its picture cannot be decoded ({error})") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float() / 127.5 - 1
-
-
-READERS: dict[str, Callable[[Mapping[str, memoryview]], Tensor]] = {"image": _read_image}
-"""Modality → how its raw files become (C, F, H, W) values in [−1, 1]."""
-
-
-_worker: tuple[_Machine, DatasetWriter] | None = None  # of a worker process
-
-
-def _start_worker(job: _Job) -> None:
+def _start_worker(job: Job) -> None:
     global _worker
     torch.set_num_threads(1)
-    _worker = _Machine(job), DatasetWriter(job.out, job.settings, overwrite=False, resume=True)
+    _worker = Machine(job), DatasetWriter(job.out, job.settings, overwrite=False, resume=True)
 
 
 def _work(number: int) -> int:
@@ -232,7 +167,7 @@ def _work(number: int) -> int:
     return len(machine.spans[number])
 
 
-def _encode_in_workers(job: _Job, todo: list[int], workers: int, advance: Advance) -> None:
+def _encode_in_workers(job: Job, todo: list[int], workers: int, advance: Advance) -> None:
     # Spawned, since a fork of a process that has used torch's threads or a GPU may hang.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:

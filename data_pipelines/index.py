@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flagdit.data_pipelines.remote import Cache, RemoteShards, is_remote, mirror
 from flagdit.data_pipelines.shards import ShardReader, read_npy, split_members
 from flagdit.errors import DataError
 
@@ -58,6 +59,11 @@ class Encoded:
     label: int
 
 
+def text_member(number: int) -> str:
+    """Ending of the file with the features of a sample's number-th caption."""
+    return f"text{number or ''}.npy"
+
+
 class Dataset:
     """A complete data set. Picklable; workers open it again by its path.
 
@@ -67,23 +73,27 @@ class Dataset:
         columns: the index, one memory-mapped array per column.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any], columns: dict[str, np.ndarray]):
-        self.path, self.info, self.columns = path, info, columns
+    def __init__(
+        self, path: Path, info: dict[str, Any], columns: dict[str, np.ndarray], remote: RemoteShards | None = None
+    ):
+        self.path, self.info, self.columns, self.remote = path, info, columns, remote
         self.shard_names = [name for name, _ in info["shards"]]
-        self.reader = ShardReader(path / "shards")
+        self.reader = ShardReader(path / "shards", remote.local if remote else None)
 
     @classmethod
-    def open(cls, path: str | Path, kind: str | None = "encoded") -> Dataset:
+    def open(cls, path: str | Path, kind: str | None = "encoded", cache: Cache | None = None) -> Dataset:
         """Opens a data set.
 
         Args:
-            path: its folder.
+            path: its folder, or its address where a cache is given.
             kind: encoded or raw; None: either.
+            cache: for the parts of remote data sets.
 
         Raises:
             DataError: no such folder, not or not yet a data set, of the other kind, or with parts missing.
         """
-        path = Path(path)
+        remote = mirror(str(path), cache, tuple(COLUMNS)) if is_remote(path) else None
+        path = remote.mirror if remote else Path(path)
         info = _read_info(path)
         if kind and info["kind"] != kind:
             fix = (
@@ -101,12 +111,14 @@ class Dataset:
             if len(columns[name]) != info["samples"]:
                 raise _damaged(path, f"index/{name}.npy has {len(columns[name])} rows for {info['samples']} samples")
         present = set(os.listdir(path / "shards")) if (path / "shards").is_dir() else set()
-        missing = [name for name, _ in info["shards"] if f"{name}.tar" not in present]
+        missing = [name for name, _ in info["shards"] if f"{name}.tar" not in present and not remote]
         if missing:
             raise _damaged(path, f"{len(missing)} of {len(info['shards'])} shards are missing, {missing[0]}.tar first")
-        return cls(path, info, columns)
+        return cls(path, info, columns, remote)
 
     def __reduce__(self) -> tuple:
+        if self.remote:
+            return (Dataset.open, (self.remote.url, None, self.remote.cache))
         return (Dataset.open, (self.path, None))
 
     def __len__(self) -> int:
@@ -184,8 +196,11 @@ class Dataset:
         except DataError as error:
             raise DataError(str(error), where=f"sample {self.key(sample_id)}") from error
 
-    def read(self, sample_id: int) -> Encoded:
+    def read(self, sample_id: int, turn: int = 0) -> Encoded:
         """One sample of an encoded data set, its latent and features as fp32 tensors of their own memory.
+
+        Args:
+            turn: of several captions, which; counts on beyond the last.
 
         Raises:
             DataError: unreadable, changed since it was written, not as its index row says, or not finite.
@@ -193,11 +208,15 @@ class Dataset:
         members, where = self.members(sample_id), f"sample {self.key(sample_id)}"
         try:
             latent = _tensor(members["latent.npy"])
-            text = _tensor(members["text.npy"]) if self.text is not None else None
-            caption = bytes(members["txt"]).decode()
+            caption, number = bytes(members["txt"]).decode(), 0
+            if turn and b"captions" in (about := bytes(members["json"])):
+                captions = [caption, *json.loads(about).get("captions", [])]
+                number = turn % len(captions)
+                caption = captions[number]
+            text = _tensor(members[text_member(number)]) if self.text is not None else None
         except KeyError as error:
             raise DataError(f"has no {error.args[0]}", where=where) from error
-        except (DataError, UnicodeDecodeError) as error:
+        except (DataError, ValueError, TypeError, AttributeError) as error:
             raise DataError(str(error), where=where) from error
         if tuple(latent.shape) != self.shape(sample_id):
             raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Callable
 
 from PIL import Image, ImageOps
 
@@ -12,6 +13,8 @@ from flagdit.errors import DataError, RecipeError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 1 << 26
+DRAFT = 2.0  # a JPEG is decoded at twice the wanted size or more: resampling from less would show
+ORIENTATION = 0x0112
 LARGEST_MULTIPLE, SMALLEST_MULTIPLE = 16, 4
 
 
@@ -72,6 +75,23 @@ def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         DataError: not a whole PNG, JPEG or WebP picture, or more pixels than allowed (known before any are decoded).
     """
+    return decode_at(data, None, max_pixels)[0]
+
+
+def decode_at(
+    data: bytes, target: Callable[[int, int], tuple[int, int]] | None, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, tuple[int, int]]:
+    """`decode_picture`, at a lower resolution where the file allows it and `target` has use for no more.
+
+    Args:
+        target: (columns, rows) of the upright file → those that are wanted; None: all.
+
+    Returns:
+        The picture, at least DRAFT times as large as wanted, and the upright file's columns and rows.
+
+    Raises:
+        DataError: see `decode_picture`; and whatever `target` raises.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -82,9 +102,17 @@ def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"not a PNG, JPEG or WebP picture ({type(error).__name__})") from error
     if picture.width * picture.height > max_pixels:
         raise DataError(f"{picture.width}×{picture.height} px is more than the {max_pixels} pixels allowed")
+    drafted = None
+    if target is not None and picture.format == "JPEG":
+        lies = picture.getexif().get(ORIENTATION, 1) >= 5  # on its side
+        width, height = drafted = picture.size[::-1] if lies else picture.size
+        wanted = target(width, height)
+        scale = max(wanted[0] / width, wanted[1] / height) * DRAFT
+        picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
     try:  # decoders of hostile files raise anything; whatever it is becomes the reason in the ledger
         picture.load()
-        return on_white(ImageOps.exif_transpose(picture))
+        upright = on_white(ImageOps.exif_transpose(picture))
+        return upright, drafted or upright.size
     except Exception as error:
         raise DataError(f"cannot be decoded ({error})") from error
 
@@ -102,6 +130,26 @@ def on_white(picture: Image.Image) -> Image.Image:
 def resize_cover(picture: Image.Image, width: int, height: int) -> Image.Image:
     """Scaled so that it covers width×height, then cut around the centre."""
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def fitted(data: bytes, size: int, multiple: int, max_pixels: int) -> tuple[bytes, int, int, list[int]]:
+    """A picture file as a PNG of a size that a model can cut.
+
+    A JPEG much larger than that is decoded at half, quarter or eighth of its size, which its format allows at a
+    fraction of the cost; at least twice the final size is left for the resampling to work on.
+
+    Args:
+        size, multiple: as in `fit_size`.
+
+    Returns:
+        The PNG, its columns and rows, and those of the file.
+
+    Raises:
+        DataError: see `decode_picture` and `fit_size`.
+    """
+    picture, before = decode_at(data, lambda w, h: fit_size(w, h, size, multiple), max_pixels)
+    width, height = fit_size(*before, size, multiple)
+    return png(resize_cover(picture, width, height)), width, height, list(before)
 
 
 def png(picture: Image.Image) -> bytes:

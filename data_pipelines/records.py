@@ -23,6 +23,7 @@ class Raw:
         split: "train" or "heldout".
         label: class id, or −1 for none.
         meta: whatever else is known, as JSON.
+        more_captions: other texts for the same sample; training takes them in turn, one an epoch.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Raw:
     split: str = "train"
     label: int = -1
     meta: dict[str, Any] = field(default_factory=dict)
+    more_captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +59,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DataError: the disk is full or refuses; whatever stood under `path` is untouched.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with staged.open("w+b") as file:
             yield file
@@ -111,8 +111,14 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> list[Row]:
 class ShardReader:
     """Reads spans of the shards in a folder; keeps the last few files open. Safe after a fork: it never seeks."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, local: Callable[[str], Path] | None = None):
+        """
+        Args:
+            folder: of the shards.
+            local: name of a shard → its file; None: NAME.tar in the folder.
+        """
         self.folder = folder
+        self._local = local or (lambda name: folder / f"{name}.tar")
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def span(self, name: str, offset: int, nbytes: int, crc32: int) -> bytes:
@@ -143,7 +149,7 @@ class ShardReader:
         if name in self._open:
             self._open.move_to_end(name)
         else:
-            self._open[name] = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+            self._open[name] = os.open(self._local(name), os.O_RDONLY | os.O_CLOEXEC)
             if len(self._open) > OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[name]

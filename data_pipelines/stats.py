@@ -11,19 +11,25 @@ import numpy as np
 
 from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import DataError
+from flagdit.model.tokens import TokenSpec, num_tokens_of_all
 
 CAPTIONS_READ = 2000
+MOST_BARS = 16
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, patch_size: int = 2) -> dict[str, Any]:
     """Counts and distributions of a raw or encoded data set, as JSON.
+
+    Args:
+        patch_size: rows and columns of latent per token, for the tokens.
 
     Returns:
         kind, modality, source, licence, samples, splits (name → samples), shards, bytes, quarantined, labels
         (class → samples); sizes ("WIDTH×HEIGHT" or "WIDTH×HEIGHT×FRAMES", in pixels or latents → samples); aspects
         ("W:H" → samples);
-        channels, codec, text (encoded only); text_tokens (quantiles, and a histogram of [from, to, samples]);
+        channels, codec, text, dtype_error (encoded only); tokens of the latents, special ones included, and text_tokens
+        (quantiles, and a histogram of [from, to, samples]);
         caption_letters (quantiles over up to 2000 captions spread over the data set); unreadable (of those read).
 
     Raises:
@@ -52,9 +58,48 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
     if info["kind"] == "encoded":
         tokens = dataset.columns["text_tokens"]
-        described |= {k: info[k] for k in ("channels", "factor", "codec", "text", "dtype")}
+        described |= {k: info[k] for k in ("channels", "factor", "codec", "text", "dtype", "dtype_error") if k in info}
+        lengths = num_tokens_of_all(dataset.columns["shape"], dataset.modality, TokenSpec(patch_size, True, True))
+        described["tokens"] = {**_quantiles(lengths), "total": int(lengths.sum()), "histogram": _histogram(lengths)}
         described["text_tokens"] = {**_quantiles(tokens), "histogram": _histogram(tokens)}
     return described
+
+
+def write_plots(described: dict[str, Any], out: Path) -> Path:
+    """Draws sizes, aspect ratios, tokens and caption lengths of what `describe` found as one picture.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for title, counts in (("sizes", described["sizes"]), ("aspect ratios", described["aspects"])):
+        axes = next(panels)
+        shown = dict(list(counts.items())[:MOST_BARS])
+        axes.barh(list(shown)[::-1], list(shown.values())[::-1], color="#4269d0")
+        axes.set_title(title if len(shown) == len(counts) else f"{title}: the {len(shown)} commonest of {len(counts)}")
+        axes.set_xlabel("samples")
+    for title in ("tokens", "text_tokens", "caption_letters"):
+        found = described.get(title)
+        if not found or (axes := next(panels, None)) is None:
+            continue
+        if "histogram" in found:
+            edges = [low for low, _, _ in found["histogram"]]
+            widths = [high - low + 1 for low, high, _ in found["histogram"]]
+            axes.bar(edges, [n for _, _, n in found["histogram"]], widths, align="edge", color="#3ca951")
+            axes.set_ylabel("samples")
+        else:
+            axes.plot(list(found.values()), list(QUANTILES.values()), "o-", color="#ff725c")
+            axes.set_ylabel("share of samples below")
+        axes.set_title(title.replace("_", " "))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be written ({error})", where=str(out), fix="Give a .png, .svg or .pdf.") from error
+    return out
 
 
 def _caption_letters(dataset: Dataset) -> tuple[list[int], int]:

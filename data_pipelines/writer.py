@@ -21,6 +21,10 @@ from flagdit.data_pipelines.records import Rejected
 from flagdit.data_pipelines.shards import Row, Sample, atomic, npy_bytes, write_shard
 from flagdit.errors import DataError
 
+FINISHING = "finishing"
+"""A folder that the one task makes that completes the data set. Should it be killed there, a run without --task ends
+its work."""
+
 
 class DatasetWriter:
     """A data set in the making.
@@ -105,12 +109,25 @@ class DatasetWriter:
         """Removes what a finished data set no longer needs."""
         shutil.rmtree(self.out / "parts", ignore_errors=True)
         (self.out / BUILDING).unlink(missing_ok=True)
+        if (self.out / FINISHING).is_dir():
+            (self.out / FINISHING).rmdir()
         for stray in (self.out / "shards").glob(".*.tmp"):
             stray.unlink()
 
     def done(self, name: str) -> bool:
         """Whether a shard is finished."""
         return (self.out / "parts" / f"{name}.npy").is_file()
+
+    def all_done_here(self, shards: Sequence[str]) -> bool:
+        """Whether every shard is finished and this process is the one to complete the data set, of several that may
+        ask at the same time."""
+        if not all(self.done(name) for name in shards):
+            return False
+        try:
+            (self.out / FINISHING).mkdir()
+        except FileExistsError:
+            return False
+        return True
 
     def put(self, name: str, samples: Sequence[Sample], rejected: Iterable[Rejected] = ()) -> None:
         """Writes one shard, its ledger and its index rows.

@@ -32,16 +32,18 @@ class Segment:
     """One sample's identity and geometry.
 
     Attributes:
-        sample_id: index in its data set; with the run seed and the epoch it decides noise, timestep and dropout.
+        sample_id: index in the data of the run; with the run seed and the epoch it decides noise, timestep and dropout.
         modality: a row of `model/modality.py`.
         shape: latent size (channels, frames or views, rows, columns).
         key: name for people, in ledgers and errors: "shard/member".
+        epoch: pass over its data set; in a mixture, sets of different sizes are at different passes.
     """
 
     sample_id: int
     modality: str
     shape: tuple[int, int, int, int]
     key: str = ""
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,6 @@ class PackedBatch:
         patches: clean patch features x1 by modality; empty when sampling from noise.
         text: captions as packed encoder features, for text-conditioned models.
         labels_S: (S,) int64 class ids, for class-conditioned models.
-        epoch: pass over the data that this pack belongs to.
         share: None for a whole pack. Otherwise `layout` and `patches` hold a rank's own tokens only; `segments`, `text`
             and `labels_S` are those of the whole pack.
         weightless: stands in for a pack none of whose samples can be read, so that all ranks run equally many packs; it
@@ -164,7 +165,6 @@ class PackedBatch:
     patches: Patches
     text: PackedText | None = None
     labels_S: Tensor | None = None
-    epoch: int = 0
     share: Share | None = None
     weightless: bool = False
 
@@ -197,9 +197,8 @@ class PackedBatch:
 
 
 def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Joins packs of one epoch and one device into one; their samples keep their order."""
+    """Joins packs on one device into one; their samples keep their order."""
     first = batches[0]
-    assert all(b.epoch == first.epoch for b in batches), "packs of different epochs"
     assert all((b.text is None, b.labels_S is None) == (first.text is None, first.labels_S is None) for b in batches)
     layouts = [b.layout for b in batches]
     tokens = list(accumulate((len(x.segment_ids) for x in layouts), initial=0))[:-1]
@@ -241,5 +240,4 @@ def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
         if texts
         else None,
         labels_S=torch.cat(labels) if labels else None,
-        epoch=first.epoch,
     )

@@ -148,7 +148,6 @@ def compile_launch(launch: Launch, target: str) -> Any:
     """The compiled kernel."""
     from triton.compiler import ASTSource
 
-    assert not interpreted(), "kernels were imported for the interpreter; compile in a process without TRITON_INTERPRET"
     special, machine = Specialization.of(launch), gpu_target(target)
     source = ASTSource(
         fn=launch.kernel, signature=special.signature, constexprs=special.constants, attrs=special.attributes
@@ -211,6 +210,7 @@ def _inspect_amd(compiled: Any) -> Compiled:
 
 def unique_launches() -> Iterator[tuple[str, Launch]]:
     """Each launch that ships once, however many sizes share it, with a name of its own."""
+    assert not interpreted(), "kernels were imported for the interpreter; compile in a process without TRITON_INTERPRET"
     seen, names = set(), set()
     for label, one in all_passes():
         for i, launch in enumerate(one.launches):

@@ -55,7 +55,7 @@ def use_triton(operation: str, backend: str, device_type: str, dtype: torch.dtyp
         return True
     if device_type != "cuda":
         reason = f"the tensors are on {device_type}"
-    if reason is not None and (message := f"{operation} runs its torch reference: {reason}") not in _told:
+    if reason is not None and (message := f"{operation}: plain torch and not Triton, since {reason}") not in _told:
         _told.add(message)
         log.log(logging.WARNING if device_type == "cuda" else logging.INFO, message)
     return reason is None

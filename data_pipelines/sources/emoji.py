@@ -176,6 +176,21 @@ def source(
     return Source("image", len(subjects) * len(styles) * len(canvases), settings, LICENCE, items())
 
 
+def drawings(style: str, side: int, limit: int, seed: int) -> list[tuple[str, str, Image.Image]]:
+    """(name, code, drawing on white) of the best known emoji, for sources that make something else of them.
+
+    Args:
+        side: of the drawings, in pixels.
+        limit, seed: as in `choose`.
+
+    Raises:
+        DataError: the packages are not installed.
+    """
+    known, files = catalog(), _files(style, side)
+    subjects = choose([s for s in known.values() if s.code in files], limit, seed)
+    return [(s.name, s.code, on_white(_render(files[s.code], side))) for s in subjects]
+
+
 def _normal(code: str) -> str:
     return "-".join(part.lstrip("0") for part in code.lower().split("-") if part != "fe0f")
 

@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flagdit.checkpoint.safetensors_files import SafetensorsFiles, write_file
+from flagdit.checkpoint.tensors import TensorSource
 from flagdit.errors import CheckpointError
 
 FORMAT = 1
@@ -55,13 +57,17 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(run_dir: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+Group = Mapping[str, Tensor] | TensorSource
+
+
+def save(run_dir: Path | str, step: int, tensors: Mapping[str, Group], state: dict[str, Any]) -> Path:
     """Writes a checkpoint; one of the same step is replaced.
 
     Args:
         run_dir: the run folder. Only one process may save into it at a time.
         step: optimizer steps done.
         tensors: group → name → tensor, on any device; views and shared tensors are stored as tensors of their own.
+            A group may be a TensorSource, which is read and written one tensor at a time.
         state: anything that JSON can hold.
 
     Returns:
@@ -130,6 +136,16 @@ def load(path: Path | str, groups: Collection[str] | None = None) -> Checkpoint:
     present = [name.removesuffix(TENSORS) for name in manifest["files"] if name.endswith(TENSORS)]
     wanted = present if groups is None else [group for group in present if group in groups]
     return Checkpoint(path, record["step"], _Groups(path, wanted), record["state"])
+
+
+def open_group(path: Path | str, group: str) -> TensorSource:
+    """A group's tensors, read one at a time from a checkpoint that `load` has verified."""
+    return SafetensorsFiles(Path(path) / (group + TENSORS))
+
+
+def fingerprint(path: Path | str, group: str) -> str:
+    """Tells the tensors of one group from any others."""
+    return json.loads((Path(path) / MANIFEST).read_text())["files"][group + TENSORS]["sha256"]
 
 
 def load_latest(run_dir: Path | str, report: Callable[[str], None]) -> Checkpoint | None:
@@ -327,8 +343,10 @@ def _put_in_place(staging: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_tensors(file: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_tensors(file: Path, named: Group) -> dict[str, Any]:
     """Writes one group durably; returns its line of the manifest."""
+    if isinstance(named, TensorSource):
+        return write_file(file, named)
     own: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in named.items():

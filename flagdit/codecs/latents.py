@@ -31,20 +31,22 @@ class Codec(ABC):
     Attributes:
         channels: channels of a latent.
         factor: pixels per latent, along rows and along columns.
+        colours: channels of the pixels: 3 for RGB.
     """
 
     channels: int
     factor: int
+    colours: int = COLOURS
 
     def encode(self, pixels_CFHW: Tensor) -> Tensor:
-        """(3, F, H, W) pixels in [−1, 1] → (channels, F, H/factor, W/factor) fp32 latents, on the pixels' device.
+        """(colours, F, H, W) pixels in [−1, 1] → (channels, F, H/factor, W/factor) fp32 latents, on the pixels' device.
 
         Raises:
-            DataError: not RGB, or rows or columns that `factor` does not divide.
+            DataError: other channels, or rows or columns that `factor` does not divide.
         """
         colours, frames, rows, columns = pixels_CFHW.shape
-        if colours != COLOURS or frames < 1:
-            raise DataError(f"a picture of shape {tuple(pixels_CFHW.shape)} is not 3×frames×rows×columns")
+        if colours != self.colours or frames < 1:
+            raise DataError(f"a picture of shape {tuple(pixels_CFHW.shape)} is not {self.colours}×frames×rows×columns")
         if rows % self.factor or columns % self.factor or not rows or not columns:
             width, height = (max(n // self.factor, 1) * self.factor for n in (columns, rows))
             raise DataError(
@@ -172,17 +174,20 @@ class DiffusersCodec(Codec):
     configuration has per-channel statistics, (z − latents_mean)·scaling_factor/latents_std; decoding inverts that.
     """
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | None, key: str = "codec.path", colours: int = COLOURS):
         """
         Args:
-            path: value of codec.path.
+            path: value of the key.
+            key: the recipe key that names the folder, for errors.
+            colours: channels of the pictures it takes.
 
         Raises:
             RecipeError: not a folder of a picture autoencoder that diffusers can load.
         """
-        folder = model_folder(path, "codec.path", "a diffusers autoencoder")
-        self._spec = _diffusers_spec(folder)
-        self.model = _load_autoencoder(folder, self._spec["class"])
+        folder = model_folder(path, key, "a diffusers autoencoder")
+        self.colours = colours
+        self._spec = _diffusers_spec(folder, key)
+        self.model = _load_autoencoder(folder, self._spec["class"], key)
         config = self.model.config
         scale = config.get("scaling_factor")
         self.scale = 1.0 if scale is None else float(scale)
@@ -193,11 +198,12 @@ class DiffusersCodec(Codec):
                 torch.tensor(config[k]).float().view(1, -1, 1, 1) for k in ("latents_mean", "latents_std")
             )
         try:
-            probe = self._mean(torch.zeros(1, COLOURS, 128, 128))
+            probe = self._mean(torch.zeros(1, colours, 128, 128))
         except (RuntimeError, AttributeError, TypeError) as error:
             raise RecipeError(
-                f"{folder}: a {self._spec['class']} does not encode RGB pictures as AutoencoderKL does ({error})",
-                where="codec.path",
+                f"{folder}: a {self._spec['class']} does not encode pictures of {colours} channels as "
+                f"AutoencoderKL does ({error})",
+                where=key,
             ) from error
         self.channels, self.factor = probe.shape[1], 128 // probe.shape[2]
 
@@ -228,34 +234,39 @@ class DiffusersCodec(Codec):
     def spec(self) -> dict[str, Any]:
         return dict(self._spec)
 
+    @staticmethod
+    def spec_of(path: str | None, key: str = "codec.path") -> dict[str, Any]:
+        """`DiffusersCodec(path, key).spec()` without loading weights."""
+        return _diffusers_spec(model_folder(path, key, "a diffusers autoencoder"), key)
+
 
 def _on(x: Tensor, value: float | Tensor) -> float | Tensor:
     return value.to(x.device) if isinstance(value, Tensor) else value
 
 
-def _diffusers_spec(folder: Path) -> dict[str, Any]:
-    config = read_config(folder, "codec.path")
+def _diffusers_spec(folder: Path, key: str) -> dict[str, Any]:
+    config = read_config(folder, key)
     name = config.get("_class_name")
     if not isinstance(name, str):
-        raise RecipeError(f"{folder}/config.json names no diffusers class (_class_name)", where="codec.path")
+        raise RecipeError(f"{folder}/config.json names no diffusers class (_class_name)", where=key)
     return {"kind": "diffusers", "class": name, "channels": config.get("latent_channels"), "model": fingerprint(folder)}
 
 
-def _load_autoencoder(folder: Path, name: str) -> Any:
+def _load_autoencoder(folder: Path, name: str, key: str) -> Any:
     import diffusers
 
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin) and hasattr(cls, "encode")):
-        raise RecipeError(f"{folder} holds a {name}, not an autoencoder that diffusers knows", where="codec.path")
+        raise RecipeError(f"{folder} holds a {name}, not an autoencoder that diffusers knows", where=key)
     try:
         with quiet(diffusers.utils.logging):
             model = cls.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise RecipeError(f"{folder} cannot be loaded as {name}: {error}", where="codec.path") from error
+        raise RecipeError(f"{folder} cannot be loaded as {name}: {error}", where=key) from error
     if any(p.ndim == 5 for p in model.parameters()):
         raise RecipeError(
             f"{name} is a video autoencoder; frames are coded one by one here",
-            where="codec.path",
+            where=key,
             fix="Give a picture autoencoder (AutoencoderKL, AutoencoderDC).",
         )
     return model.requires_grad_(False)
@@ -283,5 +294,5 @@ def codec_spec(cfg: CodecConfig) -> dict[str, Any]:
         RecipeError: as `build_codec`, but weights are not looked at.
     """
     if cfg.kind == "diffusers":
-        return _diffusers_spec(model_folder(cfg.path, "codec.path", "a diffusers autoencoder"))
+        return DiffusersCodec.spec_of(cfg.path)
     return build_codec(cfg).spec()

@@ -39,7 +39,7 @@ class TextEncoder:
         """
         self.cfg = cfg
         self._spec = text_spec(cfg)
-        folder = _folder(cfg)
+        folder = text_folder(cfg)
         self.tokenizer, self.model = _load(folder)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest and cfg.max_length > longest:
@@ -116,7 +116,7 @@ def text_spec(cfg: TextConfig) -> dict[str, Any]:
             f"text.prompt_template={cfg.prompt_template!r} must hold {{}} once, in the caption's place",
             fix='Plain: "{}".',
         )
-    folder = _folder(cfg)
+    folder = text_folder(cfg)
     return {
         "dim": _width(folder),
         "max_length": cfg.max_length,
@@ -126,7 +126,12 @@ def text_spec(cfg: TextConfig) -> dict[str, Any]:
     }
 
 
-def _folder(cfg: TextConfig) -> Path:
+def text_folder(cfg: TextConfig) -> Path:
+    """The folder of the text encoder and its tokenizer.
+
+    Raises:
+        RecipeError: it is not there.
+    """
     if cfg.kind == "transformers":
         return model_folder(cfg.path, "text.path", "a transformers text encoder and its tokenizer")
     if cfg.kind != "embedded":

@@ -20,6 +20,8 @@ _MEANINGS = {
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
     dict[str, int]: "a mapping of names to whole numbers",
+    dict[str, str]: "a mapping of names to texts",
+    dict[str, float]: "a mapping of names to numbers",
 }
 
 

@@ -35,8 +35,8 @@ class _Given:
     where: str
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from its bases, its file and overrides, in this order, later ones winning.
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), profiles: Sequence[str] = ()) -> Recipe:
+    """A recipe from its bases, its file, profiles and overrides, in this order, later ones winning.
 
     `base:` in a file names one recipe or a list of them: a path ending in .yaml, relative to the file, or the name of a
     shipped recipe. Lists and mappings are replaced as a whole, not merged.
@@ -44,6 +44,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     Args:
         path_or_name: a file ending in .yaml, or the name of a shipped recipe such as `quickstart`.
         overrides: `model.dim=256`; lists in brackets, `null` for none.
+        profiles: more files or names, read after the recipe, such as `clusters/h100_ib`.
 
     Raises:
         RecipeError: lists all that is wrong: files, syntax, unknown keys, types, ranges, combinations.
@@ -51,8 +52,9 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     file = find_recipe(str(path_or_name))
     given: dict[str, _Given] = {}
     problems: list[Problem] = []
-    for path, root in _files(file, ()):
-        _collect(root, "", path, given, problems)
+    for source in (file, *(find_recipe(profile) for profile in profiles)):
+        for path, root in _files(source, ()):
+            _collect(root, "", path, given, problems)
     for override in overrides:
         _collect_override(override, given, problems)
     recipe, wrong = _convert(given)

@@ -7,25 +7,14 @@ others, and the place that reads it.
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Optional
+
+from flagdit.config.fields import block, key
+from flagdit.config.schema_cluster import ClusterConfig
 
 Texts = list[str]
 Numbers = list[float]
-
-
-def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A recipe key: default, one line of meaning with its unit, and the rules that one value can be held to."""
-    metadata = {"doc": doc, "choices": choices, "at_least": at_least}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def block(cls: type) -> Any:
-    """A nested group of keys."""
-    return field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").strip().splitlines()[0]})
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,9 @@ class ModelConfig:
     )
     time_scale: float = key(
         1000.0, "Factor on t in [0, 1] before the sinusoid; 1 for official checkpoints.", at_least=0
+    )
+    final_shift: Optional[bool] = key(
+        None, "Shift beside the scale in the final adaLN; null: as the block, flag has it and next has not."
     )
     learn_sigma: bool = key(False, "Double the output and drop the second half (official checkpoints only).")
     attention: str = key(
@@ -129,6 +121,21 @@ class CodecConfig:
 
 
 @dataclass(frozen=True)
+class AudioConfig:
+    """Sound to latents and back: log-mel spectrograms, and an autoencoder over them if there is one."""
+
+    path: Optional[str] = key(
+        None, "Local folder of a diffusers autoencoder of one-channel pictures; null: mels alone."
+    )
+    sample_rate: int = key(16000, "Samples per second; other rates are resampled.", at_least=1000)
+    mels: int = key(32, "Mel bands: the rows of a latent.", at_least=1)
+    hop: int = key(256, "Samples per column of the spectrogram.", at_least=1)
+    window: int = key(1024, "Samples of the analysis window.", at_least=2)
+    min_hz: float = key(40.0, "Lower edge of the lowest band, in hertz.", at_least=0)
+    griffin_lim: int = key(60, "Iterations in which Griffin-Lim finds the phases of a sampled spectrogram.", at_least=1)
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The text encoder."""
 
@@ -147,12 +154,40 @@ class TextConfig:
 class DataConfig:
     """What the run trains on."""
 
-    path: str = key("data/train", "Folder of an encoded data set (made by `flagdit data encode`).")
-    split: str = key("train", "Split of the data set to train on.")
-    batch_size: int = key(64, "Samples of one optimizer step, over all ranks.", at_least=1)
+    path: str = key("data/train", "Folder, or address, of an encoded data set (made by `flagdit data encode`).")
+    sets: dict[str, float] = key(
+        {}, "Several data sets: folder → weight, its share of the samples drawn. Empty: data.path alone."
+    )
+    split: str = key("train", "Split of the data sets to train on.")
+    batch_size: int = key(
+        64, "Samples of one optimizer step, over all ranks; with pack_tokens, packs of one step.", at_least=1
+    )
+    pack_tokens: int = key(
+        0,
+        "Token budget of a pack, filled with samples of any size; 0: packs hold equal numbers of samples.",
+        at_least=0,
+    )
+    shuffle_shards: int = key(
+        64, "Shards that are shuffled together, and read at a time; shuffled as groups among each other.", at_least=1
+    )
+    cache: str = key("~/.cache/flagdit", "Folder for copies of shards whose data set is given by an address (s3://…).")
+    cache_gib: float = key(50.0, "Room for those copies; the least recently used make way. In 2³⁰ bytes.", at_least=0)
     workers: int = key(0, "Loader processes per rank; 0: load in the training process.", at_least=0)
     prefetch: int = key(2, "Batches that each loader process prepares ahead.", at_least=1)
     max_bad_samples: float = key(0.01, "Share of unreadable samples above which the run stops.", at_least=0)
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What one sample may be; whatever is more is left out with its reason, before it is decoded."""
+
+    max_pixels: int = key(1 << 26, "Pixels of a picture, frame or view.", at_least=1)
+    max_frames: int = key(10_000, "Frames of a video that are decoded.", at_least=1)
+    max_seconds: float = key(600.0, "Seconds of sound that are decoded.", at_least=0)
+    max_sample_bytes: int = key(1 << 30, "Bytes of one sample's files together.", at_least=1)
+    max_caption: int = key(10_000, "Letters of a caption.", at_least=1)
+    sample_seconds: float = key(60.0, "Seconds that reading and decoding one sample may take.", at_least=0)
+    stall_seconds: float = key(600.0, "Seconds without any data after which training stops with an error.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -199,6 +234,24 @@ class TrainConfig:
     ema_decays: Numbers = key([0.9999], "Decay of each exponential moving average of the weights, per step.")
     ema_warmup: bool = key(True, "Limit the decay to (1+step)/(10+step), so that early averages forget the start.")
     log_every: int = key(10, "Steps between two log lines.", at_least=1)
+    init_from: Optional[str] = key(
+        None, "Run folder whose weights training starts from, trained here or imported; null: from the seed."
+    )
+    init_ema: Optional[int] = key(
+        None, "Which of that run's averages; -1: its raw weights; null: as its own sample.ema says.", at_least=-1
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: what trains when the weights themselves stay as they are."""
+
+    rank: int = key(0, "Rank of the adapters; 0: none, all weights train.", at_least=0)
+    alpha: float = key(16.0, "Strength: the adapters' product counts alpha/rank times.", at_least=0)
+    targets: Texts = key(
+        ["wq", "wk", "wv", "wo", "wk_y", "wv_y"],
+        "Linear layers of the blocks that get adapters: wq, wk, wv, wo, wk_y, wv_y, w1, w2, w3.",
+    )
 
 
 @dataclass(frozen=True)
@@ -243,6 +296,7 @@ class SampleConfig:
     modality: str = key("image", "Modality to sample.")
     size: str = key("256x256", "WIDTHxHEIGHT in pixels.")
     frames: int = key(1, "Frames or views.", at_least=1)
+    seconds: float = key(1.0, "Seconds of sound.", at_least=0)
     solver: str = key(
         "euler",
         "euler, midpoint, heun, rk4, or dopri5 (adaptive).",
@@ -315,13 +369,17 @@ class Recipe:
     model: ModelConfig = block(ModelConfig)
     flow: FlowConfig = block(FlowConfig)
     codec: CodecConfig = block(CodecConfig)
+    audio: AudioConfig = block(AudioConfig)
     text: TextConfig = block(TextConfig)
     data: DataConfig = block(DataConfig)
+    limits: LimitsConfig = block(LimitsConfig)
     optimizer: OptimizerConfig = block(OptimizerConfig)
     guard: GuardConfig = block(GuardConfig)
     train: TrainConfig = block(TrainConfig)
+    lora: LoraConfig = block(LoraConfig)
     parallel: ParallelConfig = block(ParallelConfig)
     validation: ValidationConfig = block(ValidationConfig)
     sample: SampleConfig = block(SampleConfig)
     checkpoint: CheckpointConfig = block(CheckpointConfig)
     log: LogConfig = block(LogConfig)
+    cluster: ClusterConfig = block(ClusterConfig)

@@ -15,6 +15,7 @@ from flagdit.config.problems import Problem, divisors, either, nearest_values, r
 from flagdit.config.schema import Recipe
 from flagdit.config.validate_parallel import parallel_problems
 from flagdit.config.validate_sample import guidance_problems
+from flagdit.config.validate_start import start_problems
 from flagdit.errors import RecipeError
 
 COLOURS = 3
@@ -190,6 +191,38 @@ def _codec(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def _audio(recipe: Recipe) -> Iterator[Problem]:
+    a, channels = recipe.audio, recipe.model.modalities.get("audio")
+    if a.hop > a.window // 2:
+        yield Problem(
+            ("audio.hop", "audio.window"),
+            f"audio.hop={a.hop} must be at most half of audio.window={a.window}; try {max(a.window // 4, 1)}",
+        )
+    if channels is None or a.path:
+        return
+    if channels != 1:
+        yield Problem(
+            ("model.modalities", "audio.path"),
+            f"model.modalities.audio={channels}, but mel spectrograms have 1 channel; set it to 1, or audio.path",
+        )
+    if a.mels % recipe.model.patch_size:
+        patch = recipe.model.patch_size
+        near = [n for n in (a.mels // patch * patch, (a.mels // patch + 1) * patch) if n]
+        yield Problem(
+            ("audio.mels", "model.patch_size"),
+            f"audio.mels={a.mels} must be a multiple of model.patch_size={patch}; try {' or '.join(map(str, near))}",
+        )
+
+
+def _sets(recipe: Recipe) -> Iterator[Problem]:
+    for folder, weight in recipe.data.sets.items():
+        if not (math.isfinite(weight) and weight > 0):
+            yield Problem(
+                ("data.sets",),
+                f"data.sets gives {folder} the weight {weight:g}; weights are more than 0: leave it out instead",
+            )
+
+
 def _text(recipe: Recipe) -> Iterator[Problem]:
     t = recipe.text
     if t.kind == "transformers" and not t.path:
@@ -328,6 +361,8 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _conditions,
     _modalities,
     _codec,
+    _audio,
+    _sets,
     _text,
     _batch,
     parallel_problems,
@@ -338,4 +373,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _positive,
     _sample_size,
     guidance_problems,
+    start_problems,
 )

@@ -68,6 +68,8 @@ def write_comparison(
         prompts = list(prompts) or list(cfg.prompts)
         if not prompts:
             raise RecipeError("there is nothing to draw", fix="Give --prompt.")
+        if cfg.modality == "audio":
+            raise RecipeError("the page shows pictures, and this run makes sounds", where=str(run))
         with steps_shown(f"drawing {run}", len(prompts), cfg.steps) as on_step:
             pixels = pipeline.generate(prompts, cfg, on_step=on_step)
         name = f"{folder.name} @ {pipeline.step:,}"

@@ -116,6 +116,8 @@ def draw(
         RecipeError: what cannot be drawn so.
     """
     way.check()
+    if cfg.modality == "audio" and (way.one_picture or way.upscale is not None):
+        raise RecipeError("regions, windows, scenes and stages are of pictures", fix="Sounds take --seconds.")
     if way.upscale is not None:
         return upscale(pipeline, conditions, cfg, sizes=sizes, strength=way.upscale, first_id=first_id, on_step=on_step)
     if way.one_picture:

@@ -17,8 +17,9 @@ from flagdit.config.schema import SampleConfig
 from flagdit.config.validate import parse_size
 from flagdit.errors import RecipeError
 from flagdit.generate.images import check_name, load_image, load_mask
+from flagdit.generate.media import save_samples
 from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
-from flagdit.generate.sample import settings_of, steps_shown, write
+from flagdit.generate.sample import settings_of, steps_shown
 from flagdit.generate.solve import Start
 
 
@@ -128,6 +129,8 @@ def edit_file(
     check_name(out)
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
     cfg = settings_of(pipeline.recipe, preset_name, settings)
+    if cfg.modality == "audio":
+        raise RecipeError("sounds cannot be edited", where="sample.modality", fix="Edit with a model of pictures.")
     unit = pipeline.codec.factor * pipeline.spec.patch_size
     pixels = load_image(picture, parse_size(size) if size else None, unit)
     where = None if mask is None else [load_mask(mask, (pixels.shape[3], pixels.shape[2]))] * repeat
@@ -143,7 +146,7 @@ def edit_file(
             style=styled,
             on_step=on_step,
         )
-    return write(drawn, out, separate=separate, captions=None)
+    return save_samples(drawn, "image", out, rate=pipeline.recipe.audio.sample_rate, separate=separate)
 
 
 def latent_mask(mask_FHW: Tensor, factor: int) -> Tensor:

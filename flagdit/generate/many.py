@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from flagdit.config.schema import SampleConfig
-from flagdit.config.validate import parse_size
 from flagdit.errors import RecipeError
-from flagdit.generate.images import to_image
+from flagdit.generate.media import DEFAULT_NAMES, save_samples
 from flagdit.generate.mesh import speaks
 from flagdit.generate.pipeline import Condition, Pipeline, load_pipeline
 from flagdit.generate.sample import settings_of, steps_shown
@@ -37,7 +36,7 @@ def draw_many(
     chunk: int = 16,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Draws `repeat` pictures of every prompt into OUT/000000.png, …, leaving out those that are there.
+    """Draws `repeat` samples of every prompt into OUT/000000.png, …, leaving out those that are there.
 
     Picture i is of prompt i // repeat, and its noise a function of (cfg.seed, i) alone; so it is the same whichever
     rank draws it, beside whatever else, and after however many interruptions. Rank r of n draws the pictures i with
@@ -62,15 +61,15 @@ def draw_many(
     """
     _claim(out, {"prompts": list(prompts), "repeat": repeat, "sample": asdict(cfg)}, writes and rank == 0)
     mine = range(rank, len(prompts) * repeat, size)
-    missing = [i for i in mine if not _file(out, i).exists()]
+    files = {i: out / f"{i:0{DIGITS}d}{Path(DEFAULT_NAMES[cfg.modality]).suffix}" for i in mine}
+    missing = [i for i in mine if not files[i].exists()]
     done = len(mine) - len(missing)
-    pixel_size = parse_size(cfg.size)
     for start in range(0, len(missing), chunk):
         ids = missing[start : start + chunk]
-        pictures = pipeline.generate([prompts[i // repeat] for i in ids], cfg, sizes=[pixel_size] * len(ids), ids=ids)
-        for i, pixels in zip(ids, pictures, strict=True):
+        drawn = pipeline.generate([prompts[i // repeat] for i in ids], cfg, ids=ids)
+        for i, sample in zip(ids, drawn, strict=True):
             if writes:
-                _write(_file(out, i), pixels)
+                _write(files[i], sample, cfg.modality, pipeline.recipe.audio.sample_rate)
         if on_chunk:
             on_chunk(done + start + len(ids), len(mine))
     return len(missing)
@@ -103,6 +102,7 @@ def sample_many(
     given = dict(settings or {}) | ({"size": sizes[0]} if sizes else {})
     pipeline = load_pipeline(run_dir, step=step, ema=ema, mesh=mesh)
     cfg = settings_of(pipeline.recipe, preset_name, given)
+    pipeline = pipeline.of(cfg.modality)
     prompts = [str(c) for c in conditions or cfg.prompts]
     count = len(prompts) * repeat
     with steps_shown("sampling", count, 1) as on_step:
@@ -121,17 +121,12 @@ def sample_many(
     return f"{out}: {drawn} of {count} pictures drawn now{share}"
 
 
-def _file(out: Path, i: int) -> Path:
-    return out / f"{i:0{DIGITS}d}.png"
-
-
-def _write(file: Path, pixels: Tensor) -> None:
-    staged = file.with_suffix(".tmp")
+def _write(file: Path, sample: Tensor, modality: str, rate: int) -> None:
+    (staged,) = save_samples([sample], modality, file.with_stem(f"{file.stem}.tmp"), rate=rate, separate=True)
     try:
-        to_image(pixels).save(staged, "PNG")
         os.replace(staged, file)
     except OSError as error:
-        raise RecipeError(f"the picture cannot be written: {error.strerror or error}", where=str(file)) from error
+        raise RecipeError(f"the sample cannot be written: {error.strerror or error}", where=str(file)) from error
 
 
 def _claim(out: Path, settings: dict, writes: bool) -> None:

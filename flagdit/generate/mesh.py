@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from flagdit.checkpoint.tensors import TensorSource
 from flagdit.config.schema import Recipe
 from flagdit.model.attention_backends import choose_backend
 from flagdit.model.block import TP_PLAN
@@ -49,7 +49,7 @@ def sampling_mesh(recipe: Recipe, *, tensor: int, context: int) -> Iterator[Para
         yield mesh
 
 
-def place(recipe: Recipe, weights: Mapping[str, Tensor], mesh: ParallelContext, dtype: torch.dtype) -> WholeModel:
+def place(recipe: Recipe, weights: TensorSource, mesh: ParallelContext, dtype: torch.dtype) -> WholeModel:
     """A model spread over a mesh, called by all its ranks with the same whole packs.
 
     So everything above it, guidance, solvers and canvases, runs on every rank alike and knows nothing of the mesh.
@@ -57,7 +57,7 @@ def place(recipe: Recipe, weights: Mapping[str, Tensor], mesh: ParallelContext, 
     with torch.device("meta"):
         model = FlagDiT(recipe.model)
     layout = split_model(model, TP_PLAN, mesh)
-    materialize(model, layout, mesh, lambda name, shape: weights[name], dtype)
+    materialize(model, layout, mesh, lambda name, shape: weights.read(name), dtype)
     model = model.eval().requires_grad_(False)
     head_dim = model.cfg.dim // model.cfg.num_heads
     model.attention_backend = choose_backend(mesh.device, dtype, head_dim, first=recipe.model.attention)

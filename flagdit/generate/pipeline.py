@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from flagdit.batch import PackedBatch, PackedText, Segment
-from flagdit.checkpoint import store
-from flagdit.codecs.latents import Codec, build_codec
+from flagdit.checkpoint.weights import open_weights
+from flagdit.codecs.audio import MelCodec
+from flagdit.codecs.latents import Codec
+from flagdit.codecs.modality import codec_for
 from flagdit.codecs.text import TextEncoder, build_text_encoder
-from flagdit.config.load import load_recipe
 from flagdit.config.schema import Recipe, SampleConfig
 from flagdit.config.validate import parse_size, sizes_near
 from flagdit.errors import CheckpointError, RecipeError
@@ -73,7 +74,7 @@ class Pipeline:
             RecipeError: a folder of theirs is missing or of another kind, or what is in it does not suit the model.
         """
         device = next(model.parameters()).device
-        codec = build_codec(recipe.codec).to(device)
+        codec = codec_for(recipe, recipe.sample.modality).to(device)
         channels = model.cfg.modalities.get(recipe.sample.modality, codec.channels)
         if channels != codec.channels:
             raise RecipeError(
@@ -90,6 +91,18 @@ class Pipeline:
                 fix="Use the text encoder that the model was trained with, or set model.text_dim.",
             )
         return cls(model, recipe, codec, encoder, encoder.encode([""])[0])
+
+    def of(self, modality: str) -> Pipeline:
+        """The same model with the codec of another modality.
+
+        Raises:
+            RecipeError: the model has no such modality, or its codec cannot be built.
+        """
+        self._check_modality(modality)
+        if (modality == "audio") == isinstance(self.codec, MelCodec):
+            return self
+        device = next(self.model.parameters()).device
+        return replace(self, codec=codec_for(self.recipe, modality).to(device))
 
     def generate(
         self,
@@ -111,7 +124,7 @@ class Pipeline:
         Args:
             conditions: prompts, or class ids; models without conditions ignore them.
             cfg: size, solver, guidance and seed.
-            sizes: (width, height) in pixels for each condition; None: cfg.size for all.
+            sizes: (width, height) in pixels for each condition; None: cfg.size, or cfg.seconds of sound, for all.
             first_id: id of the first sample, the others follow; ids decide the noise.
             ids: of all samples, where they do not follow each other.
             inference: settings of the model's forward, or a function that gives those of a time; None: as cfg's
@@ -121,12 +134,12 @@ class Pipeline:
             on_step: told about the solver's progress.
 
         Returns:
-            Pixels (3, F, H, W) in [−1, 1], fp32 on the CPU, one per condition.
+            Pixels (3, F, H, W) or sound (1, 1, 1, N) in [−1, 1], fp32 on the CPU, one per condition.
 
         Raises:
             RecipeError: a size, a number of frames or a condition that the model cannot make.
         """
-        sizes = sizes or [parse_size(cfg.size)] * len(conditions)
+        sizes = sizes or [self.default_size(cfg)] * len(conditions)
         shapes = [self.latent_shape(size, cfg.frames, cfg.modality) for size in sizes]
         ids = range(first_id, first_id + len(shapes)) if ids is None else ids
         segments = [Segment(i, cfg.modality, shape) for i, shape in zip(ids, shapes, strict=True)]
@@ -192,7 +205,7 @@ class Pipeline:
         return unpack(solve(velocity, batch, self.spec, cfg, start, on_step).x, batch.segments, self.spec)
 
     def decode(self, latent_CFHW: Tensor) -> Tensor:
-        """Pixels (3, F, H, W) in [−1, 1], fp32 on the CPU."""
+        """Pixels (3, F, H, W) or sound (1, 1, 1, N) in [−1, 1], fp32 on the CPU."""
         return self.codec.decode(latent_CFHW.float()).clamp(-1, 1).cpu()
 
     @property
@@ -211,26 +224,30 @@ class Pipeline:
         halves = 1 if cfg.guidance == 1 else 2
         return split([halves * n for n in lengths], pack_tokens, lengths if cfg.shift_tokens else None)
 
+    def default_size(self, cfg: SampleConfig) -> tuple[int, int]:
+        """(width, height) in pixels, or (samples, 1) of sound, as the configuration says."""
+        if cfg.modality == "audio":
+            return (round(cfg.seconds * self.recipe.audio.sample_rate), 1)
+        return parse_size(cfg.size)
+
     def latent_shape(self, size: tuple[int, int], frames: int, modality: str) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latent for a size in pixels.
 
         Args:
-            size: (width, height).
+            size: (width, height); for sound (samples, 1), which is rounded to what the model can make.
 
         Raises:
             RecipeError: the model has no such modality, it has no frames, or the size is not a multiple of codec factor
                 × patch.
         """
         cfg = self.model.cfg
-        if modality not in cfg.modalities:
-            raise RecipeError(
-                f"sample.modality={modality} is not one of this model's ({', '.join(cfg.modalities)})",
-                fix="Sample one of those.",
-            )
+        self._check_modality(modality)
         if frames != 1 and not modality_of(modality).has_frames:
             raise RecipeError(f"sample.frames={frames} for {modality}, which has no frames", fix="Set it to 1.")
         step = self.codec.factor * cfg.patch_size
         width, height = size
+        if isinstance(self.codec, MelCodec):
+            return self.codec.latent_shape(width / self.recipe.audio.sample_rate, cfg.patch_size)
         if width % step or height % step:
             raise RecipeError(
                 f"a size of {width}x{height} cannot be sampled: width and height must be multiples of {step} pixels "
@@ -239,6 +256,13 @@ class Pipeline:
                 fix=f"Try {sizes_near(width, height, step)}.",
             )
         return (cfg.modalities[modality], frames, height // self.codec.factor, width // self.codec.factor)
+
+    def _check_modality(self, modality: str) -> None:
+        if modality not in self.model.cfg.modalities:
+            raise RecipeError(
+                f"sample.modality={modality} is not one of this model's ({', '.join(self.model.cfg.modalities)})",
+                fix="Sample one of those.",
+            )
 
     def features(self, conditions: Sequence[Condition]) -> list[Tensor] | None:
         """(L, Y) text features of every prompt; None for models without text."""
@@ -284,20 +308,18 @@ def load_pipeline(
         CheckpointError: no run, no checkpoint, or a damaged one.
         RecipeError: no such average, or a codec or text encoder that cannot be loaded.
     """
-    run_dir = Path(run_dir)
-    recipe = load_run_recipe(run_dir)
-    group = weights_group(recipe, recipe.sample.ema if ema is None else ema)
-    checkpoint = store.load(store.find(run_dir, step), groups=[group])
-    weights = checkpoint.tensors[group]
+    found = open_weights(run_dir, step=step, ema=ema)
+    # The training run may have forced kernels that this machine cannot run.
+    kernels = "auto" if found.recipe.model.kernels == "triton" else found.recipe.model.kernels
+    recipe = replace(found.recipe, model=replace(found.recipe.model, kernels=kernels))
     if device is None:
         device = "cuda" if torch.cuda.is_available() and recipe.train.device != "cpu" else "cpu"
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    # The training run may have forced kernels that this machine cannot run.
-    kernels = "auto" if recipe.model.kernels == "triton" else recipe.model.kernels
     with torch.device("meta"):
-        model = FlagDiT(replace(recipe.model, kernels=kernels))
+        model = FlagDiT(recipe.model)
+        empty = {name: torch.empty(entry.shape) for name, entry in found.tensors.entries.items()}
     try:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(empty, assign=True)  # before anything is read
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights do not fit the recipe beside them: {error}",
@@ -305,54 +327,16 @@ def load_pipeline(
             fix="Restore the recipe.yaml that the run was trained with.",
         ) from None
     if mesh is not None and mesh.world > 1:
-        model = cast(FlagDiT, place(recipe, weights, mesh, dtype))
+        model = cast(FlagDiT, place(recipe, found.tensors, mesh, dtype))
     else:
+        model.load_state_dict(dict(found.tensors.items()), assign=True)
         model = model.to(device, dtype).eval().requires_grad_(False)
         # The backend of the training run, if this machine has it.
         head_dim = model.cfg.dim // model.cfg.num_heads
         model.attention_backend = choose_backend(torch.device(device), dtype, head_dim, first=recipe.model.attention)
-    pipeline = Pipeline.build(model, recipe)
-    pipeline.step = checkpoint.step
+    pipeline = Pipeline.build(model, found.recipe)
+    pipeline.step = found.step
     return pipeline
-
-
-def load_run_recipe(run_dir: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        CheckpointError: there is no run.
-        RecipeError: its recipe cannot be read.
-    """
-    path = run_dir / "recipe.yaml"
-    try:
-        exists = path.is_file()
-    except OSError as error:
-        raise CheckpointError(f"the run folder cannot be read: {error.strerror}", where=str(run_dir)) from None
-    if not exists:
-        raise CheckpointError(
-            "there is no run here" if run_dir.is_dir() else "there is no such folder",
-            where=str(run_dir),
-            fix="Give the folder of a run, such as runs/quickstart; it holds recipe.yaml and checkpoints/.",
-        )
-    return load_recipe(path)
-
-
-def weights_group(recipe: Recipe, ema: int) -> str:
-    """Name of the tensors to sample from, in a checkpoint.
-
-    Raises:
-        RecipeError: no such average.
-    """
-    decays = recipe.train.ema_decays
-    if ema < 0 or not decays:
-        return "model"
-    if ema >= len(decays):
-        raise RecipeError(
-            f"there is no average number {ema}",
-            where="sample.ema",
-            fix=f"train.ema_decays={decays} are counted from 0; -1 is the raw weights.",
-        )
-    return f"ema_{decays[ema]}"
 
 
 def split(costs: Sequence[int], budget: int, kinds: Sequence[int] | None = None) -> list[slice]:

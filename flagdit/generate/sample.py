@@ -1,4 +1,4 @@
-"""`flagdit sample`: prompts and sizes as a person gives them, pictures as files."""
+"""`flagdit sample`: prompts and sizes as a person gives them, samples as files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flagdit.config.schema import Recipe, SampleConfig
 from flagdit.config.validate import parse_size, problems_of, raise_problems
 from flagdit.errors import RecipeError
 from flagdit.generate.draw import Way, draw
-from flagdit.generate.images import check_name, grid, save_image, to_image, zoom_for
+from flagdit.generate.media import DEFAULT_NAMES, check_any_name, check_media_name, save_samples
 from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
 from flagdit.generate.presets import preset
 from flagdit.parallel.mesh import ParallelContext
@@ -25,7 +25,7 @@ from flagdit.parallel.mesh import ParallelContext
 def sample_to_files(
     run_dir: Path,
     conditions: Sequence[Condition],
-    out: Path,
+    out: Path | None = None,
     *,
     sizes: Sequence[str] = (),
     repeat: int = 1,
@@ -38,13 +38,13 @@ def sample_to_files(
     settings: Mapping[str, Any] | None = None,
     mesh: ParallelContext | None = None,
 ) -> list[Path]:
-    """Samples from a run and writes pictures.
+    """Samples from a run and writes pictures, clips, views or sounds, as the modality is.
 
     Args:
         run_dir: the run folder.
         conditions: prompts, or class ids of class-conditioned models; none: the recipe's sample.prompts.
-        out: a picture file; with `separate`, its name gets the number of each picture.
-        sizes: "WIDTHxHEIGHT", one for all or one for each; none: the recipe's sample.size.
+        out: the file; with `separate`, its name gets the number of each sample. None: a name by the modality.
+        sizes: "WIDTHxHEIGHT", one for all or one for each; none: the recipe's sample.size, or sample.seconds.
         repeat: pictures of each condition, from different noise.
         step, ema: which weights; see `load_pipeline`.
         separate: a file for each picture, at its own size, instead of one sheet that enlarges small ones.
@@ -61,7 +61,7 @@ def sample_to_files(
         RecipeError: prompts, sizes or settings that cannot be met, or a file that cannot be written.
         CheckpointError: the run cannot be read.
     """
-    check_name(out)
+    check_any_name(out)
     way = way or Way()
     way.check()
     mesh = mesh or ParallelContext()
@@ -71,8 +71,11 @@ def sample_to_files(
         )
     pipeline = load_pipeline(run_dir, step=step, ema=ema, mesh=mesh)
     cfg = settings_of(pipeline.recipe, preset_name, settings)
+    pipeline = pipeline.of(cfg.modality)
+    out = out or Path(DEFAULT_NAMES[cfg.modality])
+    check_media_name(out, cfg.modality)
     conditions = _conditions(pipeline, conditions, cfg, way)
-    each = _sizes(sizes or [cfg.size], len(conditions))
+    each = _sizes([parse_size(text) for text in sizes] or [pipeline.default_size(cfg)], len(conditions))
     if way.one_picture or way.share is not None:  # a repetition is another picture or set of all conditions
         rounds = [(conditions, each, i * len(conditions)) for i in range(repeat)]
     else:
@@ -88,23 +91,8 @@ def sample_to_files(
         texts = [" · ".join(map(str, r[0])) for r in rounds]
     if not mesh.is_first:
         return []
-    return write(pixels, out, separate=separate, captions=texts if captions else None)
-
-
-def write(pixels: Sequence[Tensor], out: Path, *, separate: bool, captions: Sequence[str] | None) -> list[Path]:
-    """One sheet that enlarges small pictures, or a file for each picture with its number in the name.
-
-    Raises:
-        RecipeError: a file cannot be written.
-    """
-    images = [to_image(p) for p in pixels]
-    if not separate:
-        save_image(grid(images, zoom=zoom_for(images), gap=4, captions=captions), out)
-        return [out]
-    files = [out.with_name(f"{out.stem}_{i:04d}{out.suffix}") for i in range(len(images))]
-    for image, file in zip(images, files, strict=True):
-        save_image(image, file)
-    return files
+    rate = pipeline.recipe.audio.sample_rate
+    return save_samples(pixels, cfg.modality, out, rate=rate, separate=separate, captions=texts if captions else None)
 
 
 def settings_of(recipe: Recipe, preset_name: str | None, settings: Mapping[str, Any] | None) -> SampleConfig:
@@ -135,14 +123,13 @@ def _conditions(
     return found
 
 
-def _sizes(sizes: Sequence[str], count: int) -> list[tuple[int, int]]:
-    if len(sizes) > 1 and len(sizes) != count:
+def _sizes(given: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    if len(given) > 1 and len(given) != count:
         raise RecipeError(
-            f"{len(sizes)} sizes for {count} prompts",
+            f"{len(given)} sizes for {count} prompts",
             where="--size",
             fix="Give one for all, or one for each.",
         )
-    given = [parse_size(text) for text in sizes]
     return given if len(given) == count else given * max(count, 1)
 
 

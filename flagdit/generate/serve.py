@@ -99,7 +99,7 @@ def about(pipeline: Pipeline) -> dict[str, Any]:
     return {
         "name": pipeline.recipe.name,
         "step": pipeline.step,
-        "modalities": list(model.modalities),
+        "modalities": [m for m in model.modalities if m != "audio"],  # the page shows pictures
         "follows": "text" if model.text_dim else "classes" if model.num_classes else "nothing",
         "multiple": pipeline.codec.factor * model.patch_size,
         "presets": PRESETS,
@@ -146,6 +146,9 @@ def draw(pipeline: Pipeline, asked: dict[str, Any], on_step: Any) -> str:
         if name in given:
             given[name] = _number(name, given[name], kind)
     cfg = settings_of(pipeline.recipe, asked.get("preset") or None, given)
+    if cfg.modality == "audio":
+        raise RecipeError("this page draws pictures; `flagdit sample` makes sounds")
+    pipeline = pipeline.of(cfg.modality)
     width, height = parse_size(cfg.size)
     if width * height * cfg.frames > MOST_PIXELS or cfg.steps > MOST_STEPS:
         raise RecipeError(f"that is more than {MOST_PIXELS >> 20} megapixels or {MOST_STEPS} steps")

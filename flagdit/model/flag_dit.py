@@ -106,7 +106,7 @@ class FlagDiT(nn.Module):
         if cfg.num_classes:
             self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.cond_dim)
         self.blocks = nn.ModuleList([BLOCKS[cfg.block](cfg) for _ in range(cfg.num_layers)])
-        final_chunks = 2 if cfg.block == "flag" else 1
+        final_chunks = 2 if cfg.final_shift else 1
         self.final_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.cond_dim, final_chunks * cfg.dim))
         outputs = 2 if cfg.learn_sigma else 1
         self.heads = nn.ModuleDict({m: nn.Linear(cfg.dim, outputs * p) for m, p in patch_dims.items()})

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 # First match wins; a parameter that no rule names is an error, never left as allocated.
 RULES: list[tuple[str, str]] = [
+    # Adapters start as no change at all.
+    ("*.lora_a.weight", "xavier"),
+    ("*.lora_b.weight", "zeros"),
     # adaLN-zero: every block starts as the identity, and the velocity as zero.
     ("*adaLN_modulation.*", "zeros"),
     ("heads.*", "zeros"),

@@ -79,6 +79,7 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
         num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
         ffn_dim=cfg.ffn_dim or -(-8 * cfg.dim // (3 * 256)) * 256,
         cond_dim=cfg.cond_dim or min(cfg.dim, 1024),
+        final_shift=cfg.block == "flag" if cfg.final_shift is None else cfg.final_shift,
     )
     # config/validate.py tells users; this guards code that builds its own configuration.
     assert cfg.dim % (2 * cfg.num_heads) == 0, "heads must divide the width into even sizes"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from flagdit.errors import DataError
 from flagdit.model.modality import MODALITIES, Modality
 
 Shape = tuple[int, int, int, int]
+
+ROWS_AT_ONCE = 1 << 16  # of an index of millions: what is worked on stays in the cache
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,18 @@ def num_tokens(shape: Shape, modality: str, spec: TokenSpec) -> int:
     return frames * (rows * (columns + spec.nextline) + nextframe)
 
 
+def num_tokens_of_all(shapes_N4: np.ndarray, modality: str, spec: TokenSpec) -> np.ndarray:
+    """`num_tokens` of many latents of one modality at once: (N,) int32 from (N, 4) shapes that suit the patch."""
+    _, step_h, step_w = modality_of(modality).patch(spec.patch_size)
+    nextframe = np.int32(spec.nextframe and modality_of(modality).has_frames)
+    found = np.empty(len(shapes_N4), np.int32)
+    for start in range(0, len(found), ROWS_AT_ONCE):
+        _, frames, rows, columns = np.ascontiguousarray(shapes_N4[start : start + ROWS_AT_ONCE].T)
+        line = columns // step_w + np.int32(spec.nextline)
+        found[start : start + ROWS_AT_ONCE] = frames * (rows // step_h * line + nextframe)
+    return found
+
+
 def build_layout(segments: Sequence[Segment], spec: TokenSpec) -> PackLayout:
     """Places of all tokens of a pack, on the CPU.
 
@@ -185,7 +200,6 @@ def pack(
     *,
     text: PackedText | None = None,
     labels: Sequence[int] | Tensor | None = None,
-    epoch: int = 0,
 ) -> PackedBatch:
     """Samples to one pack.
 
@@ -195,7 +209,6 @@ def pack(
         spec: how the model cuts latents.
         text: packed captions, one entry per sample.
         labels: class ids, one per sample.
-        epoch: pass over the data.
 
     Raises:
         DataError: counts or shapes disagree, or a size is not a multiple of the patch.
@@ -217,7 +230,7 @@ def pack(
         grouped.setdefault(segment.modality, []).append(patchify(latent, patch))
     patches = {modality: torch.cat(parts) for modality, parts in grouped.items()}
     labels_S = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
-    return PackedBatch(tuple(segments), layout, patches, text, labels_S, epoch)
+    return PackedBatch(tuple(segments), layout, patches, text, labels_S)
 
 
 def unpack(patches: Patches, segments: Sequence[Segment], spec: TokenSpec) -> list[Tensor]:

@@ -157,6 +157,12 @@ def mesh_problems(recipe: Recipe, world: int) -> Iterator[Problem]:
                 f"parallel.tensor={p.tensor} must divide model.{key}={value}; "
                 f"{nearest_values(p.tensor, divisors(value))}",
             )
+    if p.context % p.ring:
+        yield Problem(
+            ("parallel.ring", "parallel.context"),
+            f"parallel.ring={p.ring} must divide parallel.context={p.context}; "
+            f"{nearest_values(p.ring, divisors(p.context))}",
+        )
     ulysses, heads = p.context // p.ring, m.num_heads // p.tensor
     if p.context % p.ring == 0 and m.num_heads % p.tensor == 0 and heads % ulysses:
         yield Problem(
@@ -174,6 +180,12 @@ def mesh_problems(recipe: Recipe, world: int) -> Iterator[Problem]:
             f"divide the {world} ranks of the run; {fitting} ranks, or change the mesh",
         )
         return
+    if recipe.lora.rank and world > 1:
+        yield Problem(
+            ("lora.rank",),
+            f"lora.rank={recipe.lora.rank} trains adapters in one process for now, not on {world} ranks; start one "
+            "rank, or set lora.rank=0",
+        )
     data, parts = world // shared, recipe.train.accumulation
     if recipe.data.batch_size % (data * parts):
         near = nearest_values(recipe.data.batch_size, [data * parts * n for n in range(1, recipe.data.batch_size + 2)])

@@ -182,11 +182,9 @@ class ZeroEngine:
         self._show(self.weights())
 
     def gather(self, parts: Mapping[str, Tensor]) -> Tensors:
-        whole = {}
-        for name in self._all_names(parts):
-            tensor = self._gathered(name, parts.get(name))
-            if tensor is not None:
-                whole[name] = tensor
+        whole: Tensors = {}
+        for names in self._buckets(parts):
+            whole |= self._gathered(names, parts)
         if "step" in parts and self.mesh.is_first:
             whole["step"] = parts["step"].cpu()
         return whole
@@ -277,25 +275,45 @@ class ZeroEngine:
         moments = ("",) if "step" not in parts else tuple(f".{m}" for m in MOMENTS)
         return [name + moment for name in self._shapes for moment in moments]
 
-    def _gathered(self, name: str, part: Tensor | None) -> Tensor | None:
-        """A whole tensor on rank 0, from every rank's slice."""
-        mesh, shape = self.mesh, self._shapes[_parameter(name)]
-        buffer = torch.zeros(shape.numel(), dtype=torch.int32, device=self.device)
-        if part is not None:
-            piece = self._pieces[_parameter(name)]
-            # Bits, not numbers: a sum with zeros keeps them all, the sign of −0.0 too.
-            buffer[piece.start : piece.stop] = part.to(self.device).view(torch.int32)
+    def _buckets(self, parts: Mapping[str, Tensor]) -> Iterator[list[str]]:
+        """The names in groups that one collective carries; the same on all ranks."""
+        names: list[str] = []
+        total = 0
+        for name in self._all_names(parts):
+            total += self._shapes[_parameter(name)].numel()
+            if names and total > deepspeed.BUCKET:
+                yield names
+                names, total = [], self._shapes[_parameter(name)].numel()
+            names.append(name)
+        yield names
+
+    def _gathered(self, names: list[str], parts: Mapping[str, Tensor]) -> Tensors:
+        """Whole tensors on rank 0, from every rank's slices."""
+        mesh = self.mesh
+        sizes = [self._shapes[_parameter(name)].numel() for name in names]
+        # Bits, not numbers: a sum with zeros keeps them all, the sign of −0.0 too.
+        buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
+        for name, own in zip(names, buffer.split(sizes), strict=True):
+            if name in parts:
+                piece = self._pieces[_parameter(name)]
+                own[piece.start : piece.stop] = parts[name].to(self.device).view(torch.int32)
         if mesh.shards.size > 1:
             dist.reduce(buffer, group=mesh.shards.group, group_dst=0)
         if mesh.shards.rank:
-            return None
-        own = buffer.view(torch.float32).view(shape)
-        split = self._layout.splits[_parameter(name)]
-        if split.dim is not None:
-            every = [torch.empty_like(own) for _ in range(mesh.tensor.size)]
-            dist.all_gather(every, own, group=mesh.tensor.group)
-            own = torch.cat(every, split.dim)
-        return own.cpu() if mesh.is_first else None
+            return {}
+        every = [buffer]
+        if mesh.tensor.size > 1:
+            every = [torch.empty_like(buffer) for _ in range(mesh.tensor.size)]
+            dist.all_gather(every, buffer, group=mesh.tensor.group)
+        if not mesh.is_first:
+            return {}
+        columns = zip(*(rank.view(torch.float32).cpu().split(sizes) for rank in every), strict=True)
+        whole = {}
+        for name, flat in zip(names, columns, strict=True):
+            shape, split = self._shapes[_parameter(name)], self._layout.splits[_parameter(name)]
+            tensors = [part.view(shape) for part in flat]
+            whole[name] = tensors[0] if split.dim is None else torch.cat(tensors, split.dim)
+        return whole
 
 
 def _parameter(name: str) -> str:

@@ -9,6 +9,7 @@ runs/NAME/
     samples/            step_00001000.png … picture grids
     wandb/              offline files for `wandb sync`
     logs/               what each rank wrote, where `flagdit launch` started it
+    slurm/              what `flagdit launch slurm` submitted, and what became of it
     report.html         the page about the run
 """
 
@@ -29,7 +30,7 @@ from flagdit.config.load import diff, load_recipe, to_yaml
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError, RecipeError
 
-BEFORE_THE_RUN = (".lock", "logs")
+BEFORE_THE_RUN = (".lock", "logs", "slurm")
 """What a folder may hold before it is a run."""
 
 FREE_KEYS = (
@@ -41,10 +42,16 @@ FREE_KEYS = (
     "model.checkpoint_every",
     "codec.path",
     "text.path",
+    "audio.path",
+    "audio.griffin_lim",
     "data.path",
+    "data.sets",
+    "data.cache",
+    "data.cache_gib",
     "data.workers",
     "data.prefetch",
     "data.max_bad_samples",
+    "train.init_from",
     "train.steps",
     "train.accumulation",
     "train.device",
@@ -52,11 +59,13 @@ FREE_KEYS = (
     "train.deterministic",
     "train.log_every",
     "guard.",
+    "limits.",
     "parallel.",
     "validation.",
     "sample.",
     "checkpoint.",
     "log.",
+    "cluster.",
 )
 """Keys that may change when a run is continued: they decide how long and where it trains, and what is watched and kept.
 A name with a dot at its end stands for the whole block. Folders may move: what is in them is compared instead, the data

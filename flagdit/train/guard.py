@@ -128,7 +128,7 @@ def rows_of(batches: Sequence[PackedBatch], losses: Sequence[Sequence[float]]) -
         losses: per-sample losses of each pack.
     """
     return [
-        {"id": segment.sample_id, "key": segment.key, "epoch": batch.epoch, "loss": _number(value)}
+        {"id": segment.sample_id, "key": segment.key, "epoch": segment.epoch, "loss": _number(value)}
         for batch, values in zip(batches, losses, strict=True)
         if not batch.weightless
         for segment, value in zip(batch.segments, values, strict=True)

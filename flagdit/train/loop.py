@@ -25,7 +25,9 @@ from flagdit.train.report import write_report
 from flagdit.train.run import Run, build
 from flagdit.train.signals import Stop, stop_on_signals
 from flagdit.train.step import take_step
+from flagdit.train.stragglers import Stragglers
 from flagdit.train.wandb_log import WandbLog
+from flagdit.train.watchdog import Watchdog
 
 
 def train(recipe: Recipe) -> Path:
@@ -94,18 +96,30 @@ def latest_checkpoint(run: Run) -> store.Checkpoint | None:
 
 def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
     """Steps until the run is done or somebody stops it."""
+    mesh = run.engine.mesh
+    slow = Stragglers(run)
     since = time.perf_counter()
-    for batches in loader:
-        run.guard.unreadable(unreadable(run, loader), run.display.note)
-        result = take_step(run, batches, since)
-        for hook in hooks:
-            hook.after_step(run, result)
-        if run.step == run.recipe.train.steps:
-            return
-        # A signal reaches the ranks at different moments; they leave after the same step.
-        if number := run.engine.mesh.largest(stop.signal or 0):
-            leave(run, hooks, number)
-        since = time.perf_counter()
+    with Watchdog(run.folder.path / "hang", mesh.rank, mesh.world, hang_seconds(run)) as watchdog:
+        for batches in loader:
+            slow.waited(time.perf_counter() - since)
+            watchdog.beat(run.step, "step")
+            run.guard.unreadable(unreadable(run, loader), run.display.note)
+            result = take_step(run, batches, since)
+            watchdog.beat(run.step, "hooks")
+            for hook in [*hooks, slow]:
+                hook.after_step(run, result)
+            if run.step == run.recipe.train.steps:
+                return
+            # A signal reaches the ranks at different moments; they leave after the same step.
+            if number := mesh.largest(stop.signal or 0):
+                leave(run, hooks, number)
+            since = time.perf_counter()
+            watchdog.beat(run.step, "data")
+
+
+def hang_seconds(run: Run) -> float:
+    """Of silence after which a run of several ranks counts as hanging; its collectives give up a little later."""
+    return 0.9 * run.recipe.parallel.timeout if run.engine.mesh.world > 1 else 0
 
 
 def unreadable(run: Run, loader: Loader) -> list[BadSample]:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from flagdit.checkpoint import store
+from flagdit.checkpoint.weights import ORIGIN, weights_group
 from flagdit.config.schema import ModelConfig, Recipe
-from flagdit.data_pipelines.index import Dataset
+from flagdit.data_pipelines.mixture import Mixture, open_mixture
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.flow.objective import FlowMatching
-from flagdit.generate.pipeline import weights_group
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.ops import choose_kernels
 from flagdit.model.sizes import resolve
@@ -25,6 +25,7 @@ from flagdit.train.engine import DTYPES, build_engine
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
 from flagdit.train.guard import Guard
 from flagdit.train.metrics import Meter, peak_tflops
+from flagdit.train.start import first_values
 from flagdit.train.wandb_log import WandbLog
 
 
@@ -39,6 +40,7 @@ class Run:
         content: names the data set by what is in it.
         model: the network itself, as the engine left it.
         null_text_LY: features of the empty caption; None for models without text.
+        base: fingerprint of the frozen weights that adapters stand on; None without adapters.
         step: optimizer steps done, skipped ones included; also the number of the next global batch.
     """
 
@@ -56,6 +58,7 @@ class Run:
     guard: Guard
     meter: Meter
     display: Display
+    base: str | None = None
     wandb: WandbLog | None = None
     step: int = 0
 
@@ -82,6 +85,7 @@ class Run:
             "batch": self.step,
             "recipe": recipe_hash(self.recipe),
             "data": self.content,
+            "base": self.base,
             "guard": self.guard.state(),
             "meter": self.meter.state(),
         }
@@ -95,9 +99,21 @@ class Run:
         """Takes back what `save` wrote.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another recipe.
+            CheckpointError: the checkpoint belongs to another recipe, or was imported.
             RecipeError: the data set is not the one that the run was trained on.
         """
+        if ORIGIN in checkpoint.state:
+            raise CheckpointError(
+                "this folder holds imported weights, without the optimizer state that continuing needs",
+                where=str(self.folder.path),
+                fix=f"Start a run of your own from them: name=… train.init_from={self.folder.path}.",
+            )
+        if checkpoint.state.get("base") != self.base:
+            raise CheckpointError(
+                f"the adapters of this run stand on other weights than train.init_from={self.recipe.train.init_from}",
+                where=str(self.folder.path),
+                fix="Give the run folder that it was started from.",
+            )
         if checkpoint.state["recipe"] != recipe_hash(self.recipe):
             raise CheckpointError(
                 "the checkpoint was made with another recipe than the run folder's recipe.yaml",
@@ -106,7 +122,7 @@ class Run:
             )
         if checkpoint.state["data"] != self.content:
             raise RecipeError(
-                f"data.path={self.recipe.data.path} holds another data set than the one this run was trained on",
+                f"{_named(self.recipe)} holds another data set than the one this run was trained on",
                 where=str(self.folder.path),
                 fix="Give the folder of that data set, or give the new run another name with name=….",
             )
@@ -121,36 +137,45 @@ def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelCon
     """A run at step 0.
 
     Raises:
-        RecipeError: model.attention or model.kernels cannot serve on the mesh's device.
+        RecipeError: model.attention or model.kernels cannot serve on the mesh's device, or train.init_from holds
+            another network.
+        CheckpointError: train.init_from cannot be read.
         DataError: the data set cannot be opened.
     """
-    dataset = Dataset.open(recipe.data.path)
+    mixture = open_mixture(recipe)
     model_config = resolve(recipe.model)
     kernels = choose_kernels(model_config, mesh.device, DTYPES[recipe.train.precision])
-    model, engine = build_engine(recipe, mesh, longest_sample(dataset, model_config))
+    start = first_values(recipe, folder.path)
+    model, engine = build_engine(recipe, mesh, longest_sample(mixture, model_config), start.value)
     return Run(
         recipe=recipe,
         folder=folder,
         model_config=model_config,
         attention=model.attention_backend.name,
         kernels=kernels,
-        content=dataset.info["content"],
+        content=mixture.content,
         model=model,
         engine=engine,
         emas=Emas(engine.weights(), recipe.train.ema_decays, recipe.train.ema_warmup),
         objective=FlowMatching(recipe.flow),
-        null_text_LY=dataset.null_text if recipe.model.text_dim else None,
+        null_text_LY=mixture.null_text if recipe.model.text_dim else None,
         guard=Guard(recipe.guard, folder.ledger, writes=mesh.is_first),
         meter=Meter(peak_tflops(mesh.device, recipe.log.peak_tflops, mesh.world)),
         display=display,
+        base=start.fingerprint,
     )
 
 
-def longest_sample(dataset: Dataset, cfg: ModelConfig) -> int:
-    """Tokens of the longest sample of a data set.
+def _named(recipe: Recipe) -> str:
+    return f"data.sets={recipe.data.sets}" if recipe.data.sets else f"data.path={recipe.data.path}"
+
+
+def longest_sample(mixture: Mixture, cfg: ModelConfig) -> int:
+    """Tokens of the longest sample of the data.
 
     Raises:
         DataError: a size that is not a multiple of the patch.
     """
     spec = TokenSpec.from_model(cfg)
-    return max((num_tokens(shape, dataset.modality, spec) for shape, _ in dataset.shapes), default=0)
+    sets = [member.dataset for member in mixture.members]
+    return max((num_tokens(shape, d.modality, spec) for d in sets for shape, _ in d.shapes), default=0)

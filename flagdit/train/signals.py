@@ -9,10 +9,14 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO = 5.0
+"""Seconds in which further signals are the first one's echo: a scheduler that preempts a job sends several at once. Not
+so Ctrl-C, which a person types."""
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -25,17 +29,20 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._owner = os.getpid()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
             return  # a forked loader worker; its parent decides
         if self.signal is not None:
+            if number != signal.SIGINT and time.monotonic() - self._since < ECHO:
+                return
             # A progress bar may have hidden the cursor; nothing else is worth the wait.
             if os.isatty(1):
                 os.write(1, SHOW_CURSOR)
             os._exit(128 + number)
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
         text = f"\n{signal.Signals(number).name}: saving after this step; once more leaves at once\n"
         os.write(2, text.encode())
 

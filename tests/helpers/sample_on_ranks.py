@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from flagdit.checkpoint.weights import load_run_recipe
 from flagdit.generate.compose import panorama
 from flagdit.generate.inference import shared
 from flagdit.generate.many import sample_many
 from flagdit.generate.mesh import sampling_mesh
-from flagdit.generate.pipeline import Pipeline, load_pipeline, load_run_recipe
+from flagdit.generate.pipeline import Pipeline, load_pipeline
 from flagdit.generate.solve import Start
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flagdit.config import schema
 from flagdit.config.keys import all_keys
@@ -13,6 +14,7 @@ from flagdit.data_pipelines.build import build_dataset
 from flagdit.data_pipelines.encode import encode_dataset
 from flagdit.errors import FlagDiTError, RecipeError
 from flagdit.generate.sample import sample_to_files
+from flagdit.launch.slurm import checked, render_training
 from flagdit.train.loop import train
 
 CONFIG_AREA = str(Path(schema.__file__).parent)
@@ -41,6 +43,28 @@ def reads(monkeypatch):
     return found
 
 
+def hear_and_see(tmp_path: Path, common: list[str]) -> None:
+    """Sound beside pictures, packs of a token budget, the user's own files within limits."""
+    keys = ["model.modalities={image: 3, audio: 1}", f"data.sets={{{tmp_path}/encoded: 1, {tmp_path}/sound: 1}}"]
+    keys += ["data.pack_tokens=400", "audio.mels=16", "audio.griffin_lim=2", "name=heard", "sample.seconds=0.2"]
+    recipe = load_recipe("quickstart", [*common, *keys])
+    build_dataset("instruments", tmp_path / "notes", limit=2, seconds=0.3, holdout=0.2, limits=recipe.limits)
+    encode_dataset(tmp_path / "notes", tmp_path / "sound", recipe)
+    train(recipe)
+    (heard,) = sample_to_files(tmp_path / "runs" / "heard", ["a"], tmp_path / "a.wav", settings={"modality": "audio"})
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    heard.rename(mine / "a.wav")
+    Image.new("RGB", (16, 16), "red").save(mine / "b.png")
+    Image.new("RGB", (16, 16), "red").save(
+        mine / "c.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), (i, 9, 9)) for i in range(9)]
+    )
+    for name in "abc":
+        (mine / f"{name}.txt").write_text("mine")
+    for kind, options in {"sounds": {}, "folder": {"size": 16}, "video": {"size": 16, "frames": 1}}.items():
+        build_dataset(kind, tmp_path / f"my_{kind}", src=mine, max_bad=1.0, limits=recipe.limits, **options)
+
+
 def test_every_key_is_read(tmp_path, reads):
     raw = tmp_path / "raw"
     build_dataset("emoji", raw, size=8, multiple=4, limit=6, styles=("twemoji", "openmoji"), holdout=0.25)
@@ -66,6 +90,8 @@ def test_every_key_is_read(tmp_path, reads):
     ]
     encode_dataset(raw, tmp_path / "encoded", load_recipe("quickstart", common))
     train(load_recipe("quickstart", [*common, "name=plain", "train.device=cpu"]))
+    adapters = [f"train.init_from={tmp_path}/runs/plain", "train.init_ema=-1", "lora.rank=1", "lora.targets=[wq]"]
+    train(load_recipe("quickstart", [*common, "name=adapted", *adapters]))
     workers = ["data.workers=1", "log.wandb_project=test", "model.checkpointing=block", "model.block=next"]
     train(load_recipe("quickstart", [*common, "name=other", *workers]))
     with pytest.raises(FlagDiTError, match="bad steps in a row"):
@@ -76,6 +102,9 @@ def test_every_key_is_read(tmp_path, reads):
     for missing in (["codec.kind=diffusers", "codec.path=nowhere"], ["text.kind=transformers", "text.path=nowhere"]):
         with pytest.raises(RecipeError, match="nowhere"):
             encode_dataset(raw, tmp_path / "never", load_recipe("quickstart", [*common, *missing]))
+    hear_and_see(tmp_path, common)
+    cluster = ["cluster.gpus_per_node=2", "cluster.container=x.sqsh", "cluster.mounts=[/a:/b]"]
+    render_training(checked(load_recipe("quickstart", [*common, *cluster])), tmp_path)
     haar = ["codec.kind=haar", "model.modalities={image: 12}"]
     encode_dataset(raw, tmp_path / "haar", load_recipe("quickstart", [*common, *haar]))
 

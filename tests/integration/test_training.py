@@ -155,7 +155,7 @@ def spoil(monkeypatch, sample_id: int, epochs: set[int]) -> None:
     def draw(batch: PackedBatch, seed: int):
         noise = honest(batch, seed)
         for i, segment in enumerate(batch.segments):
-            if segment.sample_id == sample_id and batch.epoch in epochs:
+            if segment.sample_id == sample_id and segment.epoch in epochs:
                 noise["image"][batch.layout.patch_segment["image"] == i] = math.nan
         return noise
 

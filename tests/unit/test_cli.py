@@ -87,6 +87,13 @@ def test_version(flagdit):
         ("sample . --region 4x4 --prompt x", "is not a region"),
         ("compare nowhere@3", "there is no such folder"),
         ("serve nowhere", "there is no such folder"),
+        ("checkpoint import nowhere run", "there is no folder nowhere"),
+        ("checkpoint import . run", "neither a run, nor config.json, nor consolidated"),
+        ("checkpoint import . run --weights both", "--weights both is not known"),
+        ("checkpoint export nowhere out", "nowhere: there is no such folder"),
+        ("checkpoint export nowhere out --format onnx", "--format onnx is not known"),
+        ("checkpoint inspect nowhere", "there is no folder nowhere"),
+        ("checkpoint diff nowhere .", "there is no folder nowhere"),
         ("report nowhere", "nowhere"),
         ("recipe show quickstart train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
         (
@@ -164,12 +171,12 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
         return [out]
 
     monkeypatch.setattr("flagdit.generate.sample.sample_to_files", fake)
-    monkeypatch.setattr("flagdit.generate.pipeline.load_run_recipe", lambda run: load_recipe("quickstart"))
+    monkeypatch.setattr("flagdit.checkpoint.weights.load_run_recipe", lambda run: load_recipe("quickstart"))
     (tmp_path / "p.txt").write_text("c\nd\n")
     line = f"sample runs/x --prompt a --prompt 'b, c' --prompt-file {tmp_path}/p.txt --size 48x32 --size 8x8 --steps 20"
     line += " --solver heun --guidance 4 --seed 3 --shift 2 --ema 1 --step 100 --out o/g.png --separate --captions"
     line += " --preset fast --schedule sigmoid --guidance-interval 0.1 0.8 --guidance-rescale 0.5 --guidance-reuse 3"
-    line += " --train-size 24 --scaling ntk --modality image --window 24x16 --wrap"
+    line += " --train-size 24 --scaling ntk --modality audio --seconds 2.5 --window 24x16 --wrap"
     code, out, err = flagdit(line + " --repeat 2 --frames 5")
     assert code == 0 and out == "o/g.png\n", err
     assert got.pop("mesh").world == 1
@@ -195,8 +202,9 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
             "guidance_reuse": 3,
             "shift": 2.0,
             "seed": 3,
-            "modality": "image",
+            "modality": "audio",
             "frames": 5,
+            "seconds": 2.5,
             "train_size": "24",
             "scaling": "ntk",
         },
@@ -208,7 +216,7 @@ def test_sample_passes_on_all_that_it_is_given(flagdit, monkeypatch, tmp_path):
 
 def test_sample_into_a_folder(flagdit, monkeypatch):
     got = {}
-    monkeypatch.setattr("flagdit.generate.pipeline.load_run_recipe", lambda run: load_recipe("quickstart"))
+    monkeypatch.setattr("flagdit.checkpoint.weights.load_run_recipe", lambda run: load_recipe("quickstart"))
     monkeypatch.setattr(
         "flagdit.generate.many.sample_many", lambda *args, **rest: got.update(rest, args=args) or "done"
     )
@@ -308,15 +316,15 @@ def test_data_build_passes_on_all_that_it_is_given(flagdit, monkeypatch):
     code, _, err = flagdit(line + " --aspects 1:1,3:2 --shard-samples 7 --max-bad 0.5 --overwrite")
     assert code == 0, err
     ((kind, out), rest) = got[0]
-    assert (kind, out) == ("emoji", Path("out"))
+    assert (kind, out) == ("emoji", "out")
     assert rest == {
         "size": 24,
         "multiple": 4,
-        "styles": ["twemoji", "openmoji"],
+        "styles": ("twemoji", "openmoji"),
         "limit": 8,
         "holdout": 0.1,
         "seed": 5,
-        "aspects": ["1:1", "3:2"],
+        "aspects": ("1:1", "3:2"),
         "shard_samples": 7,
         "max_bad": 0.5,
         "overwrite": True,

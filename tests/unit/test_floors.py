@@ -23,7 +23,6 @@ FLOORS = {
     "generate": 4,
     "train": 5,
     "launch": 6,
-    "cli_generate": 6,
     "cli": 7,
 }
 LAUNCH_MAY_USE = {"launch", "config", "errors"}

@@ -35,7 +35,7 @@ def test_empty_recipe_is_the_schema_with_its_defaults(write):
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_valid(name):
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, ["cluster.account=ours"])  # profiles of clusters leave it open
     assert isinstance(recipe, Recipe) and recipe.name
 
 

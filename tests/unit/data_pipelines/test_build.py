@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flagdit.data_pipelines.build import SOURCES, build_dataset
+from flagdit.data_pipelines.build import build_dataset
 from flagdit.data_pipelines.index import Dataset
+from flagdit.data_pipelines.options import kinds, source_function
 from flagdit.data_pipelines.sources import emoji
 from flagdit.errors import DataError, RecipeError
 
@@ -127,7 +128,7 @@ def test_nothing_usable(tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("photos", {}, r"no source 'photos'.*emoji, folder"),
+        ("photos", {}, r"no source 'photos'.*emoji, folder, furniture"),
         ("emoji", {"src": "x"}, r"emoji has no option src.*limit"),
         ("folder", {}, r"folder needs src"),
         ("emoji", {"shard_samples": 0}, "--shard-samples 0"),
@@ -143,5 +144,5 @@ def test_sources_share_no_option_of_the_builder():
     import inspect
 
     own = {"out", "shard_samples", "max_bad", "overwrite", "kind"}
-    for source in SOURCES.values():
-        assert not own & inspect.signature(source).parameters.keys()
+    for kind in kinds():
+        assert not own & inspect.signature(source_function(kind)).parameters.keys()

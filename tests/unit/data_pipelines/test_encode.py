@@ -80,7 +80,7 @@ class Killed(BaseException):
 def test_killed_between_shards_and_continued_to_the_same_bytes(
     shards: int, emoji_raw: Path, emoji_encoded: Path, make_recipe, tmp_path: Path, tree, monkeypatch, capsys
 ):
-    real, done = encode._Machine.encode_shard, []
+    real, done = encode.Machine.encode_shard, []
 
     def dying(self, writer, number, advance):
         if len(done) == shards:
@@ -90,7 +90,7 @@ def test_killed_between_shards_and_continued_to_the_same_bytes(
         real(self, writer, number, advance)
 
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(encode._Machine, "encode_shard", dying)
+        m.setattr(encode.Machine, "encode_shard", dying)
         encode_dataset(emoji_raw, tmp_path / "out", make_recipe())
     with pytest.raises(DataError, match="not complete"):
         Dataset.open(tmp_path / "out")

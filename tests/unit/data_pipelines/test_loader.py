@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from flagdit.batch import PackedBatch
-from flagdit.data_pipelines import loader as loader_module
+from flagdit.data_pipelines import packs as packs_module
+from flagdit.data_pipelines.batches import Batches
 from flagdit.data_pipelines.index import Dataset
 from flagdit.data_pipelines.loader import build_loader, validation_batches
-from flagdit.data_pipelines.order import global_batch
+from flagdit.data_pipelines.mixture import Mixture
 from flagdit.errors import DataError, RecipeError
 from flagdit.model.tokens import TokenSpec, unpack
 
@@ -22,33 +23,37 @@ def take(recipe, number: int, start: int = 0) -> list[list[PackedBatch]]:
 
 
 def contents(packs: list[PackedBatch], patch_size: int = 2) -> list[tuple]:
-    """(epoch, segment, latent, text) of every sample, in order."""
+    """(segment, latent, text) of every sample, by epoch and id."""
     found = []
     for pack in packs:
         latents = unpack(pack.patches, pack.segments, TokenSpec(patch_size, True, True))
-        found += [(pack.epoch, *x) for x in zip(pack.segments, latents, pack.text.unpack(), strict=True)]
-    return found
+        found += list(zip(pack.segments, latents, pack.text.unpack(), strict=True))
+    return sorted(found, key=lambda x: (x[0].epoch, x[0].sample_id))
 
 
 def equal(a: list[PackedBatch], b: list[PackedBatch]) -> bool:
     return len(contents(a)) == len(contents(b)) and all(
-        (x[:2] == y[:2]) and torch.equal(x[2], y[2]) and torch.equal(x[3], y[3])
+        x[0] == y[0] and torch.equal(x[1], y[1]) and torch.equal(x[2], y[2])
         for x, y in zip(contents(a), contents(b), strict=True)
     )
 
 
 def test_batches_hold_the_samples_of_the_order(recipe, emoji_encoded: Path):
     dataset = Dataset.open(emoji_encoded)
-    for k, packs in enumerate(take(recipe, 8)):
-        epoch, positions = global_batch(recipe.seed, 21, 6, k)
+    order = Batches(recipe, Mixture({str(emoji_encoded): 1.0}))
+    seen = []
+    for k, packs in enumerate(take(recipe, 7)):
+        ((part,),) = order.shared(k, 1, 1)
         (batch,) = packs
-        assert batch.epoch == epoch == k // 3
-        assert [s.sample_id for s in batch.segments] == positions.tolist()
+        assert [s.sample_id for s in batch.segments] == part.ids.tolist()
+        assert [s.epoch for s in batch.segments] == part.epochs.tolist()
+        seen += [(s.epoch, s.sample_id) for s in batch.segments]
         latents = unpack(batch.patches, batch.segments, TokenSpec.from_model(recipe.model))
         for segment, latent, text in zip(batch.segments, latents, batch.text.unpack(), strict=True):
             sample = dataset.read(segment.sample_id)
             assert torch.equal(latent, sample.latent_CFHW) and torch.equal(text, sample.text_LY)
             assert segment.key == sample.key and segment.modality == "image" and batch.labels_S is None
+    assert sorted(seen) == [(epoch, i) for epoch in range(2) for i in range(21)]
 
 
 @pytest.mark.parametrize(("workers", "accumulation", "start"), [(0, 2, 0), (0, 3, 5), (2, 1, 0), (2, 2, 4), (2, 1, 7)])
@@ -97,8 +102,8 @@ def test_a_pack_without_a_readable_sample_is_weightless(recipe, make_recipe, wit
     assert segment.shape == (3, 1, 2, 2) and not packs[1].patches["image"].any()
     assert torch.equal(packs[1].text.features_MY, Dataset.open(folder).null_text)
     classes = with_block(broken, "model", num_classes=10, text_dim=0, modalities={"image": 3, "video": 5})
-    pack = loader_module.placeholder(Dataset.open(folder), classes, 2)
-    assert pack.labels_S.tolist() == [10, 10] and pack.text is None and pack.epoch == 2 and pack.weightless
+    pack = packs_module.placeholder(Mixture({str(folder): 1.0}), classes)
+    assert pack.labels_S.tolist() == [10, 10] and pack.text is None and pack.weightless
     assert {m: x.shape for m, x in pack.patches.items()} == {"image": (1, 12), "video": (1, 20)}
 
 
@@ -127,7 +132,7 @@ def test_another_seed_is_another_order(recipe, make_recipe, emoji_encoded: Path)
 def test_state_is_one_integer(recipe):
     loader = build_loader(recipe, 4)
     next(loader)
-    assert loader.step == 5 and loader.batches_per_epoch == 3
+    assert loader.step == 5
     assert equal(next(loader), next(build_loader(recipe, loader.step - 1)))
 
 
@@ -248,6 +253,6 @@ def test_pinning_reaches_every_tensor_that_moves_to_the_gpu(recipe, with_block, 
         for batch in batches:
             moved, pinned = [], []
             batch.to("cuda")
-            again = loader_module._Loaded([batch], []).pin_memory().packs[0]
+            again = packs_module.Loaded([batch], []).pin_memory().packs[0]
             assert sorted(pinned) == sorted(moved) and len(moved) >= 9
             assert again.segments == batch.segments and again.layout.seqlens == batch.layout.seqlens

@@ -1,12 +1,11 @@
-"""The order of the run: exact permutations, no state, fair, and every batch whole."""
+"""The order of the run: exact permutations, no state, every sample of every epoch once, wherever the stream is cut."""
 
 import time
 
 import numpy as np
 import pytest
 
-from flagdit.data_pipelines.order import batches_per_epoch, global_batch, permute
-from flagdit.errors import RecipeError
+from flagdit.data_pipelines.order import SetOrder, mixed_seed, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 255, 256, 257, 1000, 5000])
@@ -17,26 +16,39 @@ def test_each_epoch_is_a_permutation(n: int):
     assert n < 7 or len(set(seen)) == 6, "another epoch or seed is another order"
 
 
-@pytest.mark.parametrize(("n", "batch"), [(10, 3), (12, 4), (5, 5), (100, 7)])
-def test_batches_of_an_epoch_never_repeat_a_sample(n: int, batch: int):
-    per_epoch = batches_per_epoch(n, batch)
-    assert per_epoch == n // batch
-    for epoch in range(4):
-        ids = []
-        for k in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            got_epoch, positions = global_batch(5, n, batch, k)
-            assert got_epoch == epoch and positions.dtype == np.int64 and len(positions) == batch
-            ids += positions.tolist()
-        assert len(set(ids)) == len(ids) == per_epoch * batch and set(ids) <= set(range(n))
+@pytest.mark.parametrize("per_group", [1, 2, 3, 100])
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_any_cut_of_the_stream_holds_every_sample_of_every_epoch_once(per_group: int, with_lengths: bool):
+    rng = np.random.default_rng(0)
+    shards = np.array([5, 1, 0, 8, 3, 3, 7])
+    lengths = rng.integers(1, 9, shards.sum()) if with_lengths else None
+    order = SetOrder(3, shards, 100, per_group, lengths)
+    assert order.units == (lengths.sum() if with_lengths else 27)
+    whole = order.take(0, 3 * order.units)
+    for epoch in range(3):
+        assert sorted(whole.ids[whole.epochs == epoch]) == list(range(100, 127))
+    cuts = np.sort(rng.choice(3 * order.units, 20, replace=False))
+    pieces = [order.take(a, b) for a, b in zip([0, *cuts], [*cuts, 3 * order.units], strict=True)]
+    assert np.concatenate([p.ids for p in pieces]).tolist() == whole.ids.tolist()
+    assert np.concatenate([p.epochs for p in pieces]).tolist() == whole.epochs.tolist()
 
 
-def test_who_sits_out_changes_with_the_epoch():
-    n, batch = 10, 4
-    absent = set()
-    for epoch in range(60):
-        present = [global_batch(0, n, batch, 2 * epoch + i)[1].tolist() for i in range(2)]
-        absent |= set(range(n)) - {i for ids in present for i in ids}
-    assert absent == set(range(n))
+def test_a_stretch_of_tokens_is_as_long_as_asked_but_for_one_sample():
+    lengths = np.random.default_rng(1).integers(1, 50, 1000)
+    order = SetOrder(0, np.array([250] * 4), 0, 2, lengths)
+    for start in range(0, 60_000, 977):
+        drawn = order.take(start, start + 977)
+        assert abs(int(lengths[drawn.ids].sum()) - 977) < 50
+
+
+def test_reads_stay_within_a_group_of_shards():
+    order = SetOrder(0, np.array([10] * 12), 0, 3)
+    ids = order.take(0, 120).ids
+    groups = [set((ids[i : i + 30] // 10).tolist()) for i in range(0, 120, 30)]
+    assert all(len(g) == 3 for g in groups) and len(set.union(*groups)) == 12
+    later = order.take(120, 240).ids
+    assert {frozenset(g) for g in groups} != {frozenset((later[i : i + 30] // 10).tolist()) for i in range(0, 120, 30)}
+    assert not (np.diff(ids) == 1).mean() > 0.2, "within a group the samples are shuffled"
 
 
 def test_positions_are_fair():
@@ -50,16 +62,14 @@ def test_positions_are_fair():
 
 
 def test_these_very_numbers_for_ever():
-    assert global_batch(7, 1000, 6, 200)[1].tolist() == [652, 471, 679, 119, 882, 789]
+    assert SetOrder(7, np.array([300, 300, 400]), 0, 2).take(1200, 1206).ids.tolist() == [997, 666, 949, 889, 720, 834]
+    assert mixed_seed(5, 0) == 5 and mixed_seed(5, 1) == 8581286081765471666
 
 
-def test_batch_at_ten_million_costs_nothing():
+def test_any_place_costs_the_same():
+    order = SetOrder(0, np.full(10_000, 1000), 0, 64)
+    order.take(0, 1)
     start = time.perf_counter()
-    epoch, ids = global_batch(0, 10_000_000, 256, 39_062 * 3 + 20_000)
+    drawn = order.take(3 * 10**7 + 5_120_000, 3 * 10**7 + 5_120_256)
     assert time.perf_counter() - start < 0.5
-    assert epoch == 3 and len(set(ids.tolist())) == 256 and ids.max() < 10_000_000
-
-
-def test_batch_larger_than_the_split():
-    with pytest.raises(RecipeError, match=r"data\.batch_size=64 is larger than the split, which has 20.*Try 20"):
-        global_batch(0, 20, 64, 0)
+    assert set(drawn.epochs) == {3} and len(set(drawn.ids.tolist())) == 256 and drawn.ids.max() < 10**7

@@ -21,10 +21,8 @@ def make_batch(which=range(4), epoch=0, first_id=0):
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(shape, generator=generator) for _, shape in SHAPES]
     text = [torch.randn(3 + i, 5, generator=generator) for i in range(len(SHAPES))]
-    segments = [Segment(first_id + i, *SHAPES[i]) for i in which]
-    return pack(
-        segments, [latents[i] for i in which], SPEC, text=PackedText.pack([text[i] for i in which]), epoch=epoch
-    )
+    segments = [Segment(first_id + i, *SHAPES[i], epoch=epoch) for i in which]
+    return pack(segments, [latents[i] for i in which], SPEC, text=PackedText.pack([text[i] for i in which]))
 
 
 def zero_model(x, t_S, batch):
@@ -50,7 +48,17 @@ def test_noise_and_times_do_not_depend_on_the_pack():
     assert torch.equal(torch.cat([draw_timesteps(p, cfg, seed=5) for p in parts]), t_S)
     for m in noise:
         assert torch.equal(torch.cat([draw_noise(p, seed=5)[m] for p in parts if m in p.patches]), noise[m])
-    assert not torch.equal(draw_timesteps(make_batch(epoch=1), cfg, seed=5), t_S)
+    later = make_batch(epoch=1)
+    assert not torch.equal(draw_timesteps(later, cfg, seed=5), t_S)
+    # Samples of several epochs in one pack: each as in a pack of its own epoch.
+    segments = [later.segments[0], *whole.segments[1:3], later.segments[3]]
+    mixed = pack(segments, None, SPEC)
+    want = torch.stack([draw_timesteps(b, cfg, seed=5)[i] for i, b in enumerate((later, whole, whole, later))])
+    assert torch.equal(draw_timesteps(mixed, cfg, seed=5), want)
+    split = whole.layout.patch_segment["image"] == 0
+    images = draw_noise(mixed, seed=5)["image"]
+    assert torch.equal(images[split], draw_noise(later, seed=5)["image"][split])
+    assert torch.equal(images[~split], noise["image"][~split])
     assert not torch.equal(draw_timesteps(whole, cfg, seed=6), t_S)
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from flagdit.batch import PackedText, Segment
+from flagdit.checkpoint.weights import weights_group
 from flagdit.codecs.latents import BlockCodec
 from flagdit.config.load import save_recipe
 from flagdit.errors import CheckpointError, FlagDiTError, RecipeError
 from flagdit.flow.noise import draw_noise
 from flagdit.generate import pipeline as pipeline_module
-from flagdit.generate.pipeline import Pipeline, load_pipeline, split, weights_group
+from flagdit.generate.pipeline import Pipeline, load_pipeline, split
 from flagdit.model.tokens import TokenSpec, pack, unpack
 
 SIZES = [(8, 8), (12, 8), (8, 4), (8, 8)]

@@ -86,8 +86,8 @@ def test_pack_and_unpack_are_inverse():
     segments = make_segments()
     latents = [torch.randn(s.shape) for s in segments]
     text = PackedText.pack([torch.randn(i + 1, 3) for i in range(len(segments))])
-    batch = pack(segments, latents, SPEC, text=text, labels=[3, 1, 2, 0, 5], epoch=4)
-    assert batch.epoch == 4 and batch.labels_S.tolist() == [3, 1, 2, 0, 5]
+    batch = pack(segments, latents, SPEC, text=text, labels=[3, 1, 2, 0, 5])
+    assert batch.labels_S.tolist() == [3, 1, 2, 0, 5]
     assert {m: len(x) for m, x in batch.patches.items()} == {m: len(i) for m, i in batch.layout.patch_index.items()}
     for restored, latent in zip(unpack(batch.patches, segments, SPEC), latents, strict=True):
         assert torch.equal(restored, latent)
@@ -104,9 +104,7 @@ def test_concat_equals_packing_together():
     texts = [torch.randn(i + 1, 3) for i in range(len(segments))]
 
     def packed(a: int, b: int):
-        return pack(
-            segments[a:b], latents[a:b], SPEC, text=PackedText.pack(texts[a:b]), labels=list(range(a, b)), epoch=1
-        )
+        return pack(segments[a:b], latents[a:b], SPEC, text=PackedText.pack(texts[a:b]), labels=list(range(a, b)))
 
     joined, whole = concat([packed(0, 2), packed(2, 3), packed(3, 5)]), packed(0, 5)
     assert joined.segments == whole.segments and joined.layout.seqlens == whole.layout.seqlens

@@ -21,10 +21,10 @@ SHAPES = [("image", (3, 1, 4, 6)), ("video", (2, 3, 4, 2)), ("image", (3, 1, 2, 
 
 @pytest.fixture(scope="module")
 def batch():
-    segments = [Segment(40 + i, modality, shape) for i, (modality, shape) in enumerate(SHAPES)]
+    segments = [Segment(40 + i, modality, shape, epoch=2) for i, (modality, shape) in enumerate(SHAPES)]
     latents = [torch.randn(shape) for _, shape in SHAPES]
     text = PackedText.pack([torch.randn(n, 5) for n in (3, 1, 2, 4)])
-    return pack(segments, latents, TokenSpec.from_model(CFG), text=text, epoch=2)
+    return pack(segments, latents, TokenSpec.from_model(CFG), text=text)
 
 
 def place(context: int, tensor: int, c: int, t: int, sequence: bool) -> ParallelContext:

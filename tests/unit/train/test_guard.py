@@ -11,8 +11,8 @@ from flagdit.train.guard import Guard, TrainingError, rows_of
 
 
 def batch_of(*ids: int, epoch: int = 0) -> PackedBatch:
-    segments = tuple(Segment(i, "image", (3, 1, 2, 2), f"shard/{i:03d}") for i in ids)
-    return PackedBatch(segments, layout=None, patches={}, epoch=epoch)  # type: ignore[arg-type]
+    segments = tuple(Segment(i, "image", (3, 1, 2, 2), f"shard/{i:03d}", epoch) for i in ids)
+    return PackedBatch(segments, layout=None, patches={})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flagdit.config.schema import LimitsConfig
 from flagdit.data_pipelines.records import Raw, Rejected
 from flagdit.data_pipelines.sources.folder import source
 from flagdit.errors import DataError, RecipeError
@@ -114,7 +115,7 @@ def test_settings_know_the_files(tmp_path: Path):
 
 def test_own_pixel_limit(tmp_path: Path):
     picture(tmp_path / "a.png", caption="x")
-    assert "40×30 px is more than the 1000" in read(tmp_path, max_pixels=1000)[1]["a.png"]
+    assert "40×30 px is more than the 1000" in read(tmp_path, limits=LimitsConfig(max_pixels=1000))[1]["a.png"]
 
 
 def test_wrong_folders_and_options(tmp_path: Path):

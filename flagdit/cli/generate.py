@@ -8,9 +8,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from flagdit.cli.common import PLAIN, RunFolder
 from flagdit.errors import RecipeError
 
-RunFolder = Annotated[Path, typer.Argument(help="The run folder, such as runs/quickstart.")]
+app = typer.Typer(**PLAIN)
+
 Prompts = Annotated[Optional[list[str]], typer.Option("--prompt", help="What to draw; may be repeated.")]
 Labels = Annotated[Optional[list[int]], typer.Option("--label", help="Class id, for class-conditioned models.")]
 Steps = Annotated[Optional[int], typer.Option(min=1, help="Solver steps.")]
@@ -35,6 +37,7 @@ Scaling = Annotated[
 ]
 
 
+@app.command()
 def sample(
     run: RunFolder,
     prompt: Prompts = None,
@@ -53,10 +56,13 @@ def sample(
     seed: Seed = None,
     ema: Ema = None,
     step: Step = None,
-    modality: Annotated[Optional[str], typer.Option(help="Modality to sample, of a model of several.")] = None,
+    modality: Annotated[
+        Optional[str], typer.Option(help="image, video, multiview or audio, of those the model has.")
+    ] = None,
     frames: Annotated[
         Optional[int], typer.Option(min=1, help="Frames or views, for modalities that have them.")
     ] = None,
+    seconds: Annotated[Optional[float], typer.Option(min=0.01, help="Seconds of sound.")] = None,
     train_size: TrainSize = None,
     scaling: Scaling = None,
     upscale: Annotated[
@@ -78,7 +84,9 @@ def sample(
     loop: Annotated[bool, typer.Option("--loop", help="The video's end leads back to its start.")] = False,
     first_frame: Annotated[Optional[Path], typer.Option(help="A picture that the video starts from.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from different noise.")] = 1,
-    out: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("grid.png"),
+    out: Annotated[
+        Optional[Path], typer.Option(help="File to write: a picture, .mp4 or .gif, .wav; by default in this folder.")
+    ] = None,
     out_dir: Annotated[
         Optional[Path], typer.Option(help="Folder for one file per prompt; resumable, on any number of ranks.")
     ] = None,
@@ -87,17 +95,17 @@ def sample(
     separate: Annotated[bool, typer.Option("--separate", help="A file for each picture instead of one sheet.")] = False,
     captions: Annotated[bool, typer.Option("--captions", help="Write each prompt under its picture.")] = False,
 ) -> None:
-    """Sample from a run. What is not given is as the recipe's `sample` block says.
+    """Sample pictures, clips, views or sounds from a run. What is not given is as the recipe's `sample` block says.
 
     \b
     Example:
       flagdit sample runs/quickstart --prompt "a Twemoji emoji of trophy" --size 48x32 --steps 20 --out grid.png
     """
+    from flagdit.checkpoint.weights import load_run_recipe
     from flagdit.generate.draw import Way
-    from flagdit.generate.images import check_name
     from flagdit.generate.many import sample_many
+    from flagdit.generate.media import check_any_name
     from flagdit.generate.mesh import sampling_mesh
-    from flagdit.generate.pipeline import load_run_recipe
     from flagdit.generate.sample import read_prompts, sample_to_files
 
     prompts = [*(prompt or []), *(read_prompts(prompt_file) if prompt_file else [])]
@@ -115,6 +123,7 @@ def sample(
         "seed": seed,
         "modality": modality,
         "frames": frames,
+        "seconds": seconds,
         "train_size": train_size,
         "scaling": scaling,
     }
@@ -134,7 +143,7 @@ def sample(
     if out_dir is not None and way != Way():
         raise RecipeError("--out-dir draws every prompt by itself", fix="Leave out --upscale, --share, --region, …")
     if out_dir is None:
-        check_name(out)
+        check_any_name(out)
     conditions = prompts or label or []
     with sampling_mesh(load_run_recipe(run), tensor=tensor, context=context) as mesh:
         if out_dir is not None:
@@ -146,6 +155,7 @@ def sample(
     typer.echo("\n".join(str(file) for file in files))
 
 
+@app.command()
 def edit(
     run: RunFolder,
     picture: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
@@ -208,6 +218,7 @@ def edit(
     typer.echo("\n".join(str(file) for file in files))
 
 
+@app.command()
 def evaluate(
     run: RunFolder,
     data: Annotated[Optional[str], typer.Option(help="Data set; the one of the run if not given.")] = None,
@@ -254,6 +265,7 @@ def evaluate(
     typer.echo(json.dumps(figures))
 
 
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or RUN@STEP for one checkpoint of a run.")],
     prompt: Prompts = None,
@@ -274,6 +286,7 @@ def compare(
     typer.echo(str(write_comparison(runs, out, prompts=prompt or [], preset_name=preset, settings=settings)))
 
 
+@app.command()
 def serve(
     run: RunFolder,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback let anyone in.")] = "127.0.0.1",
@@ -292,7 +305,3 @@ def serve(
     from flagdit.generate.serve import serve_run
 
     serve_run(run, host=host, port=port, step=step, ema=ema)
-
-
-COMMANDS = (sample, edit, evaluate, compare, serve)
-"""In the order in which `flagdit --help` lists them."""

@@ -1,0 +1,125 @@
+"""Samples of one global batch to packs: what a loader process does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from flagdit.batch import PackedBatch, PackedText, Segment
+from flagdit.config.schema import Recipe
+from flagdit.data_pipelines.batches import Part
+from flagdit.data_pipelines.index import Encoded
+from flagdit.data_pipelines.mixture import Mixture
+from flagdit.errors import DataError, FlagDiTError
+from flagdit.model.tokens import TokenSpec, pack
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read and was left out of its batch."""
+
+    step: int
+    sample_id: int
+    key: str
+    reason: str
+
+
+@dataclass
+class Loaded:
+    """What a loader process makes of its part of one global batch."""
+
+    packs: list[PackedBatch]
+    bad: list[BadSample]
+    samples: int = 0
+    error: FlagDiTError | None = None  # as a value: the DataLoader would turn it into a traceback of a worker
+
+    def pin_memory(self) -> Loaded:
+        """Called by the DataLoader's pinning thread."""
+        return replace(self, packs=[_pinned(p) for p in self.packs])
+
+
+def _pinned(batch: PackedBatch) -> PackedBatch:
+    pinned: dict[str, Any] = {}
+    for name, value in vars(batch.layout).items():
+        if isinstance(value, Tensor):
+            pinned[name] = value.pin_memory()
+        elif isinstance(value, dict):
+            pinned[name] = {modality: x.pin_memory() for modality, x in value.items()}
+    return replace(
+        batch,
+        layout=replace(batch.layout, **pinned),
+        patches={m: x.pin_memory() for m, x in batch.patches.items()},
+        text=batch.text and replace(batch.text, features_MY=batch.text.features_MY.pin_memory()),
+        labels_S=None if batch.labels_S is None else batch.labels_S.pin_memory(),
+    )
+
+
+class PackReader(TorchDataset):
+    """(number of the global batch, this rank's part of it) → packs. Lives in the loader processes."""
+
+    def __init__(self, recipe: Recipe, mixture: Mixture):
+        self.recipe, self.mixture = recipe, mixture
+
+    def __getitem__(self, planned: tuple[int, list[Part]]) -> Loaded:
+        k, parts = planned
+        loaded = Loaded([], [], sum(map(len, parts)))
+        try:
+            for part in parts:
+                samples, epochs = [], []
+                for sample_id, epoch in zip(part.ids.tolist(), part.epochs.tolist(), strict=True):
+                    try:
+                        samples.append((sample_id, self.mixture.read(sample_id, epoch)))
+                        epochs.append(epoch)
+                    except DataError as error:
+                        loaded.bad.append(BadSample(k, sample_id, self.mixture.key(sample_id), error.what))
+                made = make_pack(samples, epochs, self.mixture, self.recipe) if samples else None
+                loaded.packs.append(made or placeholder(self.mixture, self.recipe))
+        except FlagDiTError as error:
+            return Loaded([], loaded.bad, loaded.samples, error)
+        return loaded
+
+
+def make_pack(
+    samples: Sequence[tuple[int, Encoded]], epochs: Sequence[int], mixture: Mixture, recipe: Recipe
+) -> PackedBatch:
+    """One pack of samples, given with their ids in the run."""
+    segments = []
+    for (sample_id, s), epoch in zip(samples, epochs, strict=True):
+        c, f, h, w = s.latent_CFHW.shape
+        dataset, _ = mixture.of(sample_id)
+        segments.append(Segment(sample_id, dataset.modality, (c, f, h, w), s.key, epoch))
+    texts = [s.text_LY for _, s in samples if s.text_LY is not None]
+    return pack(
+        segments,
+        [s.latent_CFHW for _, s in samples],
+        TokenSpec.from_model(recipe.model),
+        text=PackedText.pack(texts) if recipe.model.text_dim else None,
+        labels=[s.label for _, s in samples] if recipe.model.num_classes else None,
+    )
+
+
+def placeholder(mixture: Mixture, recipe: Recipe) -> PackedBatch:
+    """A weightless pack: one patch of zeros for every modality of the model, with the null caption or class.
+
+    It stands where a pack has no readable sample, so that every parameter gets a gradient and no collective waits.
+    """
+    model = recipe.model
+    side = model.patch_size
+    segments = [Segment(0, m, (channels, 1, side, side), "placeholder") for m, channels in model.modalities.items()]
+    text = None
+    if model.text_dim:
+        assert mixture.null_text is not None, "checked when the loader was built"
+        text = PackedText.pack([mixture.null_text] * len(segments))
+    batch = pack(
+        segments,
+        [torch.zeros(s.shape) for s in segments],
+        TokenSpec.from_model(model),
+        text=text,
+        labels=[model.num_classes] * len(segments) if model.num_classes else None,
+    )
+    return replace(batch, weightless=True)

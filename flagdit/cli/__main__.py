@@ -1,0 +1,5 @@
+"""`python -m flagdit.cli`, as launchers start it."""
+
+from flagdit.cli import main
+
+main()

@@ -1,0 +1,141 @@
+"""Samples of any modality to files: pictures and view sheets, clips, sounds.
+
+Shape legend: C channels, F frames or views, H rows, W columns; sound is 1×1×1×N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from flagdit.data_pipelines.sound import wav
+from flagdit.errors import RecipeError
+from flagdit.generate.images import FORMATS, grid, save_image, to_image, zoom_for
+
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "image": FORMATS,
+    "multiview": FORMATS,
+    "video": (".mp4", ".gif", ".webp"),
+    "audio": (".wav",),
+}
+DEFAULT_NAMES = {"image": "grid.png", "multiview": "views.png", "video": "clip.mp4", "audio": "sound.wav"}
+CLIP_FPS = 8
+
+
+def check_any_name(file: Path | None) -> None:
+    """Whether samples of any modality can be saved under this name.
+
+    Raises:
+        RecipeError: its ending is none of ENDINGS.
+    """
+    known = list(dict.fromkeys(ending for endings in ENDINGS.values() for ending in endings))
+    if file is not None and file.suffix.lower() not in known:
+        raise RecipeError(
+            f"{file} is not a picture file, clip or sound", where="--out", fix=f"End it in {', '.join(known)}."
+        )
+
+
+def check_media_name(file: Path, modality: str) -> None:
+    """Whether samples of a modality can be saved under this name.
+
+    Raises:
+        RecipeError: it has another ending than ENDINGS.
+    """
+    if file.suffix.lower() not in ENDINGS[modality]:
+        raise RecipeError(
+            f"{file} is no file for {modality}", where="--out", fix=f"End it in {', '.join(ENDINGS[modality])}."
+        )
+
+
+def save_samples(
+    samples: Sequence[Tensor],
+    modality: str,
+    out: Path,
+    *,
+    rate: int,
+    separate: bool = False,
+    captions: Sequence[str] | None = None,
+) -> list[Path]:
+    """Writes samples as a person looks at them or listens to them.
+
+    Pictures come on a sheet, sets of views on a sheet with a row for each, clips side by side in one clip, sounds in a
+    file each.
+
+    Args:
+        samples: (C, F, H, W) each.
+        out: the file; where there are several, its name gets the number of each.
+        rate: samples per second of sound.
+        separate: a file for each sample.
+        captions: written under each picture or set of views, on a sheet.
+
+    Returns:
+        The files.
+
+    Raises:
+        RecipeError: a file that cannot be written.
+    """
+    separate = separate or (modality == "audio" and len(samples) > 1)
+    groups = [[s] for s in samples] if separate else [list(samples)]
+    files = [out.with_name(f"{out.stem}_{i:04d}{out.suffix}") for i in range(len(groups))] if separate else [out]
+    for group, file in zip(groups, files, strict=True):
+        if modality == "audio":
+            _write(file, wav(group[0].reshape(-1).numpy(), rate))
+        elif modality == "video":
+            save_clip([_frame(group, i) for i in range(max(s.shape[1] for s in group))], file)
+        else:
+            images = [to_image(s) for s in group]
+            columns = 1 if modality == "multiview" else None
+            sheet = grid(images, columns=columns, zoom=zoom_for(images), gap=4, captions=None if separate else captions)
+            save_image(images[0] if separate else sheet, file)
+    return files
+
+
+def _frame(group: Sequence[Tensor], number: int) -> Image.Image:
+    """The number-th frame of every clip on one sheet; shorter clips stand still at their end."""
+    images = [to_image(s[:, min(number, s.shape[1] - 1)][:, None]) for s in group]
+    return grid(images, zoom=zoom_for(images), gap=4)
+
+
+def save_clip(frames: Sequence[Image.Image], file: Path, fps: int = CLIP_FPS) -> None:
+    """Writes frames as H.264 in MP4, or as an animated GIF or WebP.
+
+    Raises:
+        RecipeError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix.lower() == ".mp4":
+            _save_mp4(frames, file, fps)
+        else:
+            milliseconds = round(1000 / fps)
+            frames[0].save(file, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    except OSError as error:
+        raise RecipeError(f"the clip cannot be written: {error.strerror or error}", where=str(file)) from error
+
+
+def _save_mp4(frames: Sequence[Image.Image], file: Path, fps: int) -> None:
+    import av
+
+    # Players want even sides and four colour samples for each chroma sample.
+    width, height = (n + n % 2 for n in frames[0].size)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "14", "preset": "medium"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for picture in frames:
+            padded = Image.new("RGB", (width, height), "white")
+            padded.paste(picture)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(padded), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write(file: Path, data: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    except OSError as error:
+        raise RecipeError(f"the sound cannot be written: {error.strerror or error}", where=str(file)) from error

@@ -1,0 +1,99 @@
+"""Other meshes: which fit, which are fastest, and the nearest that fit when the recipe's own does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from flagdit.config.schema import Recipe
+from flagdit.config.validate import divisors
+from flagdit.errors import RecipeError
+from flagdit.plan.gpus import Gpu
+from flagdit.plan.memory import Memory, memory_of
+from flagdit.plan.parameters import Parameters
+from flagdit.plan.time import Time, time_of
+from flagdit.plan.workload import Workload, workload_of
+
+CHECKPOINTING = ("none", "selective", "block")
+LARGEST_TENSOR = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe with some keys changed.
+
+    Attributes:
+        changes: dotted key → value, as overrides.
+    """
+
+    changes: dict[str, Any]
+    work: Workload
+    memory: Memory
+    time: Time
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.memory.total <= gpu.memory
+
+    @property
+    def overrides(self) -> str:
+        """As on the command line."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items()) or "as it is"
+
+
+def candidates(recipe: Recipe, base: Workload, parameters: Parameters, gpu: Gpu, per_node: int) -> list[Candidate]:
+    """Every mesh of the same GPUs that fills the batch, with every way of checkpointing."""
+    found = []
+    for changed, changes in _variants(recipe, base.gpus):
+        try:
+            work = workload_of(changed, base.gpus, base.seqlens[0], base.text_seqlens[0] if base.text_seqlens else 0)
+        except RecipeError:
+            continue
+        memory = memory_of(work, parameters)
+        found.append(Candidate(changes, work, memory, time_of(work, parameters, gpu, per_node)))
+    return found
+
+
+def ranked(found: list[Candidate], gpu: Gpu) -> list[Candidate]:
+    """Those that fit, fastest first; of equally fast ones the one with fewer changes."""
+    fitting = [c for c in found if c.fits(gpu)]
+    return sorted(fitting, key=lambda c: (round(c.time.step, 6), len(c.changes), c.memory.total))
+
+
+def nearest_fits(found: list[Candidate], gpu: Gpu, most: int = 3) -> list[Candidate]:
+    """Those that fit with the fewest keys changed, the fastest of each number of changes first."""
+    return sorted((c for c in found if c.fits(gpu)), key=lambda c: (len(c.changes), c.time.step))[:most]
+
+
+def _variants(recipe: Recipe, gpus: int) -> Iterator[tuple[Recipe, dict[str, Any]]]:
+    tensors = [n for n in divisors(gpus) if n <= LARGEST_TENSOR]
+    accumulations = sorted({1, recipe.train.accumulation, *_powers(recipe.data.batch_size)})
+    parallel = recipe.parallel
+    for tensor, context in product(tensors, divisors(gpus)):
+        if gpus % (tensor * context):
+            continue
+        for ring, zero, offload in product(divisors(context), (1, 2, 3), (False, True)):
+            if (zero == 3 and offload) or (offload and not parallel.offload and zero != 2):
+                continue
+            for kind, accumulation in product(CHECKPOINTING, accumulations):
+                values = {
+                    "parallel.tensor": (parallel.tensor, tensor),
+                    "parallel.context": (parallel.context, context),
+                    "parallel.ring": (parallel.ring, ring),
+                    "parallel.zero": (parallel.zero, zero),
+                    "parallel.offload": (parallel.offload, offload),
+                    "model.checkpointing": (recipe.model.checkpointing, kind),
+                    "train.accumulation": (recipe.train.accumulation, accumulation),
+                }
+                changed = replace(
+                    recipe,
+                    parallel=replace(parallel, tensor=tensor, context=context, ring=ring, zero=zero, offload=offload),
+                    model=replace(recipe.model, checkpointing=kind),
+                    train=replace(recipe.train, accumulation=accumulation),
+                )
+                yield changed, {key: new for key, (old, new) in values.items() if old != new}
+
+
+def _powers(batch_size: int) -> list[int]:
+    return [n for n in divisors(batch_size) if n & (n - 1) == 0]
