@@ -94,7 +94,7 @@ def test_only_the_doors_import_parallel_libraries(module: str):
 
 
 def test_no_import_cycles():
-    graph = {module: modules_of(path) for module, path in SOURCES.items()}
+    graph = {module: modules_of(path) - {module} for module, path in SOURCES.items()}  # a package names its parts
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:

@@ -1,11 +1,14 @@
 """Prompt files: no picture twice, none missing, the same on any number of ranks and after interruptions."""
 
 import json
+import wave
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from flagdit.errors import RecipeError
+from flagdit.generate.draw import Way, draw
 from flagdit.generate.many import draw_many, sample_many
 from flagdit.generate.pipeline import Pipeline
 
@@ -90,3 +93,16 @@ def test_from_a_run_folder(recipe, save_run, tmp_path):
     assert settings["prompts"] == PROMPTS[:2] and settings["sample"]["steps"] == 2
     with pytest.raises(RecipeError, match="one size"):
         sample_many(run, PROMPTS, tmp_path / "x", sizes=["4x8", "8x8"])
+
+
+def test_sounds_are_drawn_into_sound_files(recipe, random_model, tmp_path):
+    model = replace(recipe.model, modalities={"image": 3, "audio": 1})
+    both = Pipeline.build(random_model(replace(recipe, model=model)), replace(recipe, model=model))
+    cfg = replace(recipe.sample, modality="audio", seconds=0.1, steps=1)
+    assert draw_many(both.of("audio"), PROMPTS[:2], tmp_path / "out", cfg) == 2
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.wav")) == ["000000.wav", "000001.wav"]
+    with wave.open(str(tmp_path / "out/000001.wav")) as sound:
+        assert abs(sound.getnframes() / sound.getframerate() - 0.1) < 0.05
+    assert draw_many(both.of("audio"), PROMPTS[:2], tmp_path / "out", cfg) == 0
+    with pytest.raises(RecipeError, match="of pictures"):
+        draw(both.of("audio"), PROMPTS[:2], cfg, Way(window=(8, 8)), sizes=[(8, 8)])
