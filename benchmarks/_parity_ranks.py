@@ -205,7 +205,8 @@ def run(case: Case, mesh: ParallelContext) -> tuple[dict[str, list[float]], dict
             tensors |= {f"gradient {n}": g.clone() for n, g in gathered.items()}
         engine.step(lr=recipe.optimizer.lr)
         emas.update(step)
-        numbers["ema_loss"].append(held_out(engine, recipe, emas, mine(50)))
+        if step == 1:
+            numbers["ema_loss"].append(held_out(engine, recipe, emas, mine(50)))
     for kind, part in (("weight", engine.weights()), ("average", emas[0]), ("moment", engine.state()["optimizer"])):
         tensors |= {f"{kind} {n}": w.clone() for n, w in engine.gather(part).items() if n != "step"}
     return numbers, tensors
