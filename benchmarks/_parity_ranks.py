@@ -27,7 +27,7 @@ from flagdit.train.engine import build_engine
 
 STEPS = 3
 
-SHAPES = [(1, 4, 4), (1, 6, 10), (3, 4, 4), (1, 2, 2), (2, 4, 6), (1, 10, 2), (1, 4, 4), (4, 2, 2)]
+SHAPES = [(1, 4, 4), (1, 6, 10), (3, 4, 4), (1, 2, 2), (2, 4, 6), (1, 10, 6), (1, 4, 4), (4, 2, 2)]
 """Frames, rows and columns of the eight samples of a global batch: uneven pictures and videos."""
 
 SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 64, "cond_dim": 16}
