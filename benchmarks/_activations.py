@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -98,7 +99,9 @@ def _part(recipe: Recipe, mesh: ParallelContext, whole: PackedBatch) -> PackedBa
 @contextmanager
 def _pretended(recipe: Recipe, rank: int) -> Iterator[ParallelContext]:
     """A place in a mesh whose other ranks do not exist."""
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core mentions libraries that it could use
+        from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = recipe.parallel.tensor * recipe.parallel.context

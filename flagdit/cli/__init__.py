@@ -15,8 +15,12 @@ from typing import Annotated
 import typer
 
 from flagdit import __version__
-from flagdit.cli import checkpoint, data, generate, launch, train
+from flagdit.cli.checkpoint import app as checkpoint
 from flagdit.cli.common import PLAIN
+from flagdit.cli.data import app as data
+from flagdit.cli.generate import app as generate
+from flagdit.cli.launch import app as launch
+from flagdit.cli.train import app as train
 from flagdit.errors import FlagDiTError, RecipeError
 
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -27,11 +31,11 @@ app = typer.Typer(
     add_completion=False,
     **PLAIN,
 )
-app.add_typer(train.app)
-app.add_typer(generate.app)
-app.add_typer(data.app, name="data")
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(launch.app)
+app.add_typer(train)
+app.add_typer(generate)
+app.add_typer(data, name="data")
+app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(launch)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

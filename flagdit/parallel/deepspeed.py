@@ -36,6 +36,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Par
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     bucket = min(BUCKET, sum(p.numel() for p in model.parameters()))
+    bucket += bucket % 2  # DeepSpeed aligns what it gathers to two elements
     zero: dict[str, Any] = {
         "stage": parallel.zero,
         "reduce_bucket_size": bucket,

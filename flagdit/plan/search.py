@@ -9,6 +9,7 @@ from typing import Any
 
 from flagdit.config.schema import Recipe
 from flagdit.config.validate import divisors
+from flagdit.config.validate_parallel import parallel_problems
 from flagdit.errors import RecipeError
 from flagdit.plan.gpus import Gpu
 from flagdit.plan.memory import Memory, memory_of
@@ -74,7 +75,7 @@ def _variants(recipe: Recipe, gpus: int) -> Iterator[tuple[Recipe, dict[str, Any
         if gpus % (tensor * context):
             continue
         for ring, zero, offload in product(divisors(context), (1, 2, 3), (False, True)):
-            if (zero == 3 and offload) or (offload and not parallel.offload and zero != 2):
+            if offload and not parallel.offload and zero != 2:
                 continue
             for kind, accumulation in product(CHECKPOINTING, accumulations):
                 values = {
@@ -92,6 +93,8 @@ def _variants(recipe: Recipe, gpus: int) -> Iterator[tuple[Recipe, dict[str, Any
                     model=replace(recipe.model, checkpointing=kind),
                     train=replace(recipe.train, accumulation=accumulation),
                 )
+                if any(parallel_problems(changed)):
+                    continue
                 yield changed, {key: new for key, (old, new) in values.items() if old != new}
 
 

@@ -47,7 +47,7 @@ def logged(folder: Path) -> list[dict]:
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not any(line["step"] >= step for line in logged(folder)):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline

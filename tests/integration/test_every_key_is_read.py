@@ -1,10 +1,13 @@
 """No dead options: the program itself, run in a few ways, reads every key of the schema."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
+import key_spy
 import pytest
+from key_spy import spy_on
 from PIL import Image
 
 from flagdit.config import schema
@@ -14,33 +17,30 @@ from flagdit.data_pipelines.build import build_dataset
 from flagdit.data_pipelines.encode import encode_dataset
 from flagdit.errors import FlagDiTError, RecipeError
 from flagdit.generate.sample import sample_to_files
+from flagdit.launch.local import free_port, rank_environment
+from flagdit.launch.processes import run_ranks
 from flagdit.launch.slurm import checked, render_training
 from flagdit.train.loop import train
 
-CONFIG_AREA = str(Path(schema.__file__).parent)
-PACKAGE = str(Path(schema.__file__).parents[1])
-BOOKKEEPING = ("recipe_hash", "check", "describe", "<dictcomp>", "asdict", "replace", "__eq__", "__repr__", "__hash__")
-"""Functions that read all keys alike, to compare or show them: not a use."""
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """(class, key) of every key that code outside config/ reads while the fixture is alive."""
     found: set[tuple[str, str]] = set()
-    blocks = [c for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
-    for block in blocks:
-        names = {f.name for f in dataclasses.fields(block)}
-
-        def spy(self, name, names=names, block=block):
-            if name in names:
-                code = sys._getframe(1).f_code
-                ours = code.co_filename.startswith(PACKAGE) and not code.co_filename.startswith(CONFIG_AREA)
-                if ours and code.co_name not in BOOKKEEPING:
-                    found.add((block.__name__, name))
-            return object.__getattribute__(self, name)
-
-        monkeypatch.setattr(block, "__getattribute__", spy)
+    spy_on(found, monkeypatch.setattr)
     return found
+
+
+def on_two_ranks(tmp_path: Path, common: list[str]) -> set[tuple[str, str]]:
+    """What two ranks of a run read."""
+    out, port = tmp_path / "reads.json", free_port()
+    keys = [*common, "name=ranks", "train.device=cpu", "parallel.tensor=2"]
+    argv = [sys.executable, key_spy.__file__, str(out), "quickstart", *keys]
+    path = {"PYTHONPATH": str(ROOT)}
+    assert run_ranks(argv, 2, tmp_path / "logs", lambda rank: {**rank_environment(rank, 2, port), **path}, print) == 0
+    return {(block, key) for block, key in json.loads(out.read_text())}
 
 
 def hear_and_see(tmp_path: Path, common: list[str]) -> None:
@@ -108,6 +108,7 @@ def test_every_key_is_read(tmp_path, reads):
     haar = ["codec.kind=haar", "model.modalities={image: 12}"]
     encode_dataset(raw, tmp_path / "haar", load_recipe("quickstart", [*common, *haar]))
 
+    reads |= on_two_ranks(tmp_path, common)
     blocks = {f.name: f.type for f in dataclasses.fields(schema.Recipe)}
     unread = []
     for key in all_keys():

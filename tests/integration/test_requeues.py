@@ -42,5 +42,5 @@ def test_twenty_requeues_are_one_run(tiny, tmp_path, monkeypatch):
     assert [start["step"] for start in starts] == list(range(0, steps, 2))
     # Every start is an offline folder of its own; they carry one id, by which `wandb sync` makes them one run.
     folders = list((run / "wandb").glob("offline-run-*"))
-    ids = {folder.name.rsplit("-", 1)[1] for folder in folders}
-    assert ids == {(run / "wandb" / "run_id").read_text()}
+    run_id = (run / "wandb" / "run_id").read_text()
+    assert folders and all(run_id in folder.name.split("-") for folder in folders)

@@ -202,7 +202,7 @@ def test_one_batch_is_learnt_by_heart(tiny):
     losses = []
     for _ in range(400):
         loss = run.objective.loss(run.engine.model, batch, noise, t_S)
-        run.engine.backward(loss.total)
+        run.engine.backward(loss.total, last=True)
         run.engine.grad_norm()
         run.engine.step(recipe.optimizer.lr)
         losses.append(loss.total.item())

@@ -119,7 +119,17 @@ def test_project_names_no_registry_or_machine():
     forbidden = ["pypi" + ".org", "files.python" + "hosted", "/work/" + "main", "/work/" + "shared", "/tmp/" + "w/"]
     for path in ROOT.rglob("*"):
         parts = set(path.relative_to(ROOT).parts)
-        if parts & {".git", ".venv", "runs", "data", "build", ".mypy_cache", ".pytest_cache", ".ruff_cache"}:
+        if parts & {
+            ".git",
+            ".venv",
+            "runs",
+            "data",
+            "build",
+            ".mypy_cache",
+            ".pytest_cache",
+            ".ruff_cache",
+            ".hypothesis",
+        }:
             continue
         if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".sh", ".json", ".j2", ""} and path.is_file():
             text = path.read_text(errors="ignore")

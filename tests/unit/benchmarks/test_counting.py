@@ -71,12 +71,12 @@ def test_live_bytes_follow_storages():
 @pytest.mark.parametrize("kind", ["none", "block"])
 def test_activations_shrink_with_the_ranks(kind):
     def peak(**parallel):
-        model = resolve(replace(SMALL, num_layers=2, checkpointing=kind))
+        model = resolve(replace(SMALL, num_layers=1, checkpointing=kind))
         recipe = Recipe(model=model, parallel=ParallelConfig(**parallel))
         return trace(recipe, 0, Varlen(), small_pack(model))[0].peak
 
     whole = peak()
-    for parallel in ({"tensor": 4}, {"context": 4}, {"tensor": 2, "context": 2}):
+    for parallel in ({"tensor": 4}, {"tensor": 2, "context": 2}):
         ranks = parallel.get("tensor", 1) * parallel.get("context", 1)
         assert peak(**parallel) * ranks == pytest.approx(whole, rel=0.25), parallel
     assert peak(tensor=4, sequence=False) * 4 > 1.5 * whole, "without sequence parallelism the stream is whole"
