@@ -62,7 +62,9 @@ def finish(process: subprocess.Popen) -> str:
 
 def without_times(line: dict) -> dict:
     return {
-        k: v for k, v in line.items() if k not in ("seconds", "val_seconds", "tokens_per_s", "samples_per_s", "mfu")
+        k: v
+        for k, v in line.items()
+        if k not in ("seconds", "val_seconds", "tokens_per_s", "samples_per_s", "mfu", "ema_seconds")
     }
 
 
