@@ -19,7 +19,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flagdit.codecs.latents import COLOURS
@@ -209,7 +208,6 @@ def serve_run(run_dir: Path, *, host: str, port: int, step: int | None = None, e
     import uvicorn
 
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
-    torch.set_grad_enabled(False)
     # A person who listens on another address knows under which names it is reached.
     hosts = None if host in LOCAL_HOSTS else ["*"]
     try:

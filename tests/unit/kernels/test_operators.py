@@ -74,7 +74,8 @@ def test_every_operator_is_tested():
     registered = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "flagdit::" in name
     }
-    assert registered == set(operators())
+    # Attention's own operators, there when another test has loaded them, are tested with the backends.
+    assert registered - {"packed_attention", "packed_attention_backward"} == set(operators())
 
 
 @pytest.mark.parametrize("name", operators())

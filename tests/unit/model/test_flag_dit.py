@@ -155,7 +155,7 @@ def test_time_scale_makes_small_steps_visible():
 def test_inference_settings_are_not_state():
     model, batch = make_model(BASE), make_batch(BASE)
     before = model(batch.patches, times(), batch)["image"]
-    for settings in (Inference(RopeScaling(ntk=2.0)), Inference(proportional_base=8)):
+    for settings in (Inference(RopeScaling("ntk", factor=2.0)), Inference(proportional_base=8)):
         assert not torch.allclose(before, model(batch.patches, times(), batch, settings)["image"], atol=1e-4)
     assert torch.equal(before, model(batch.patches, times(), batch)["image"])
     assert torch.equal(before, model(batch.patches, times(), batch, Inference())["image"])

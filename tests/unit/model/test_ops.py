@@ -96,7 +96,7 @@ def test_compiled_blocks(block):
 
 @torch.no_grad()
 def test_scaled_positions_and_proportional_attention():
-    inference = Inference(RopeScaling.time_aware(2.0, watershed=0.5), proportional_base=8)
+    inference = Inference(RopeScaling("time_switch", factor=2.0, watershed=0.5), proportional_base=8)
     velocities = []
     for kernels in ("triton", "reference"):
         batch = make_batch(BASE)
