@@ -59,7 +59,7 @@ def draw_many(
     Raises:
         RecipeError: the folder holds pictures of other prompts or settings, or cannot be written.
     """
-    _claim(out, {"prompts": list(prompts), "repeat": repeat, "sample": asdict(cfg)}, writes and rank == 0)
+    _claim(out, _request(prompts, repeat, cfg), writes and rank == 0)
     mine = range(rank, len(prompts) * repeat, size)
     files = {i: out / f"{i:0{DIGITS}d}{Path(DEFAULT_NAMES[cfg.modality]).suffix}" for i in mine}
     missing = [i for i in mine if not files[i].exists()]
@@ -105,6 +105,9 @@ def sample_many(
     pipeline = pipeline.of(cfg.modality)
     prompts = [str(c) for c in conditions or cfg.prompts]
     count = len(prompts) * repeat
+    if mesh.is_first:
+        _claim(out, _request(prompts, repeat, cfg), writes=True)
+    mesh.from_first(None)  # nobody writes into a folder that is not claimed yet
     with steps_shown("sampling", count, 1) as on_step:
         drawn = draw_many(
             pipeline,
@@ -127,6 +130,11 @@ def _write(file: Path, sample: Tensor, modality: str, rate: int) -> None:
         os.replace(staged, file)
     except OSError as error:
         raise RecipeError(f"the sample cannot be written: {error.strerror or error}", where=str(file)) from error
+
+
+def _request(prompts: Sequence[str], repeat: int, cfg: SampleConfig) -> dict:
+    """What the folder's pictures are of."""
+    return {"prompts": list(prompts), "repeat": repeat, "sample": asdict(cfg)}
 
 
 def _claim(out: Path, settings: dict, writes: bool) -> None:

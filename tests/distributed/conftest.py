@@ -36,7 +36,7 @@ def train(emoji, tmp_path):
             "data.batch_size=16",
             "train.device=cpu",
             "train.log_every=1",
-            "optimizer.warmup_steps=5",
+            "optimizer.warmup_steps=2",
             "optimizer.schedule=constant",
             "optimizer.decay_steps=0",
             "validation.every=0",
