@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test cluster lint format clean
+.PHONY: help install quickstart test long cluster lint format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ quickstart: install ## Pack real pictures, train a tiny Flag-DiT on CPU, sample 
 test: install ## Run all tests
 	@launch/check_machine.sh $(PYTHON) tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
+
+long: install ## Run the tests of whole runs on several ranks, which take minutes each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/distributed
 
 cluster: install ## Run the tests that start a SLURM cluster on this machine
 	@launch/check_machine.sh $(PYTHON) tests

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "comm_volume.py"
 
 
+@pytest.mark.long
 def test_two_ranks_send_what_the_formula_says():
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), "--worlds", "2", "--only", "2 "],

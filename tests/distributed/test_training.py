@@ -16,7 +16,7 @@ def curve(lines: list[dict]) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fifty_steps_have_the_loss_curve_of_one_process(train, record_property):
     keys = ("train.steps=50", "checkpoint.every=50")
     expected = curve(train("one", 1, *keys))
@@ -31,7 +31,7 @@ def test_fifty_steps_have_the_loss_curve_of_one_process(train, record_property):
     record_property("table", "\n".join(["quickstart on four ranks against one process", *rows]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_continues_on_another_mesh(train):
     """Four meshes in a row, one of them under torchrun, against one process throughout."""
     expected = curve(train("one", 1, "train.steps=8", "checkpoint.every=2"))
