@@ -65,6 +65,7 @@ setup(
             "mypy>=1.15",
             "types-PyYAML",
             "httpx>=0.28",
+            "playwright>=1.50",  # drives a Chromium of the system; it downloads none
         ],
     },
     entry_points={"console_scripts": ["flagdit = flagdit.cli:main"]},

@@ -2,7 +2,7 @@
 # Makes sure that the machine can build the environment: Python with venv, git, a C++ compiler.
 # As root on a Debian system it installs what is missing; elsewhere it says what to install.
 #
-#   check_machine.sh PYTHON [tests]     tests: also what the tests of SLURM need; without it they are skipped
+#   check_machine.sh PYTHON [tests]     tests: also what tests of SLURM and of pages need; without it they are skipped
 set -euo pipefail
 python=${1:-python3}
 missing=()
@@ -25,6 +25,7 @@ if [[ ${2:-} == tests ]]; then
     need "command -v sbatch && command -v slurmctld" SLURM slurm-wlm
     need "command -v munged" munge munge
     need "command -v shellcheck" shellcheck shellcheck
+    need "command -v chromium || command -v chromium-browser || command -v google-chrome" Chromium chromium
 fi
 
 if ((${#missing[@]})); then

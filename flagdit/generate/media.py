@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -86,7 +87,7 @@ def save_samples(
         if modality == "audio":
             _write(file, wav(group[0].reshape(-1).numpy(), rate))
         elif modality == "video":
-            save_clip([_frame(group, i) for i in range(max(s.shape[1] for s in group))], file)
+            save_clip(_side_by_side(group), file)
         else:
             images = [to_image(s) for s in group]
             columns = 1 if modality == "multiview" else None
@@ -95,10 +96,17 @@ def save_samples(
     return files
 
 
-def _frame(group: Sequence[Tensor], number: int) -> Image.Image:
-    """The number-th frame of every clip on one sheet; shorter clips stand still at their end."""
-    images = [to_image(s[:, min(number, s.shape[1] - 1)][:, None]) for s in group]
-    return grid(images, zoom=zoom_for(images), gap=4)
+def frames_of(clip_CFHW: Tensor) -> list[Image.Image]:
+    """Every frame of a clip as a picture."""
+    return [to_image(frame_CHW[:, None]) for frame_CHW in clip_CFHW.unbind(1)]
+
+
+def _side_by_side(clips: Sequence[Tensor]) -> list[Image.Image]:
+    """The frames of several clips on one sheet each; shorter clips stand still at their end."""
+    frames = [frames_of(clip) for clip in clips]
+    longest = max(map(len, frames))
+    sheets = [[own[min(i, len(own) - 1)] for own in frames] for i in range(longest)]
+    return [grid(images, zoom=zoom_for(images), gap=4) for images in sheets]
 
 
 def save_clip(frames: Sequence[Image.Image], file: Path, fps: int = CLIP_FPS) -> None:
@@ -112,10 +120,17 @@ def save_clip(frames: Sequence[Image.Image], file: Path, fps: int = CLIP_FPS) ->
         if file.suffix.lower() == ".mp4":
             _save_mp4(frames, file, fps)
         else:
-            milliseconds = round(1000 / fps)
-            frames[0].save(file, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+            save_animation(frames, file, None, fps)
     except OSError as error:
         raise RecipeError(f"the clip cannot be written: {error.strerror or error}", where=str(file)) from error
+
+
+def save_animation(
+    frames: Sequence[Image.Image], target: Path | BinaryIO, kind: str | None, fps: int = CLIP_FPS
+) -> None:
+    """Writes an animation that runs around, as GIF or WebP; kind None: as the file's name ends."""
+    milliseconds = round(1000 / fps)
+    frames[0].save(target, kind, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def _save_mp4(frames: Sequence[Image.Image], file: Path, fps: int) -> None:

@@ -2,7 +2,7 @@
 
 GET  /             the page
 GET  /api/model    what the model can do and its defaults, as JSON
-POST /api/sample   a request as JSON → one JSON object a line: {"step", "steps"}, then {"picture"} or {"error"}
+POST /api/sample   a request as JSON → one JSON object a line: {"step", "steps"}, then {"sample"} or {"error"}
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,32 @@ from typing import Any
 from torch import Tensor
 
 from flagdit.codecs.latents import COLOURS
+from flagdit.config.schema import SampleConfig
 from flagdit.config.validate import parse_size
+from flagdit.data_pipelines.sound import wav
 from flagdit.errors import FlagDiTError, RecipeError
 from flagdit.generate.edit import edit
 from flagdit.generate.images import pixels_of, to_image
-from flagdit.generate.pipeline import Pipeline, load_pipeline
+from flagdit.generate.media import frames_of, save_animation
+from flagdit.generate.pipeline import Pipeline, Progress, load_pipeline
 from flagdit.generate.presets import PRESETS
 from flagdit.generate.sample import settings_of
 
 MOST_BYTES = 32 << 20
 """Of a request, pictures included."""
-MOST_PIXELS, MOST_STEPS = 1 << 24, 1000
+MOST_PIXELS, MOST_SECONDS, MOST_STEPS = 1 << 24, 600, 1000
+ASKED = {
+    "modality": str,
+    "size": str,
+    "frames": int,
+    "seconds": float,
+    "solver": str,
+    "steps": int,
+    "guidance": float,
+    "seed": int,
+    "train_size": str,
+}
+"""Keys of the recipe's `sample` block that a request may hold."""
 LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]", "::1"]
 
 
@@ -98,12 +113,12 @@ def about(pipeline: Pipeline) -> dict[str, Any]:
     return {
         "name": pipeline.recipe.name,
         "step": pipeline.step,
-        "modalities": [m for m in model.modalities if m != "audio"],  # the page shows pictures
+        "modalities": list(model.modalities),
         "follows": "text" if model.text_dim else "classes" if model.num_classes else "nothing",
         "multiple": pipeline.codec.factor * model.patch_size,
         "presets": PRESETS,
         "prompts": list(cfg.prompts),
-        "defaults": {k: getattr(cfg, k) for k in ("modality", "size", "steps", "solver", "guidance", "seed", "frames")},
+        "defaults": {k: getattr(cfg, k) for k in ASKED},
     }
 
 
@@ -114,9 +129,8 @@ def answers(pipeline: Pipeline, asked: dict[str, Any], busy: threading.Lock) -> 
     def work() -> None:
         with busy:
             try:
-                told.put(
-                    {"picture": draw(pipeline, asked, lambda step, steps: told.put({"step": step, "steps": steps}))}
-                )
+                drawn = draw(pipeline, asked, lambda step, steps: told.put({"step": step, "steps": steps}))
+                told.put({"sample": drawn})
             except FlagDiTError as error:
                 told.put({"error": str(error)})
             except Exception as error:  # the page shows it; the server lives on
@@ -130,49 +144,63 @@ def answers(pipeline: Pipeline, asked: dict[str, Any], busy: threading.Lock) -> 
             return
 
 
-def draw(pipeline: Pipeline, asked: dict[str, Any], on_step: Any) -> str:
-    """The picture of a request as a data URI.
+def draw(pipeline: Pipeline, asked: dict[str, Any], on_step: Callable[[int, int], None]) -> str:
+    """The sample of a request as a data URI: a PNG, a GIF of a video's frames, or a WAV.
 
-    A request holds prompt, and may hold size ("WIDTHxHEIGHT"), modality, frames, preset, steps, solver, guidance and
-    seed; picture, mask and style (data URIs; a mask is white where to draw) and strength edit.
+    A request holds a prompt, and may hold a preset and what ASKED names; picture, mask and style (data URIs; a mask is
+    white where to draw) and strength edit.
 
     Raises:
         RecipeError: something that cannot be drawn.
     """
-    known = ("size", "modality", "frames", "steps", "solver", "guidance", "seed", "train_size")
-    given = {k: asked[k] for k in known if asked.get(k) not in (None, "")}
-    for name, kind in {"frames": int, "steps": int, "seed": int, "guidance": float}.items():
-        if name in given:
-            given[name] = _number(name, given[name], kind)
-    cfg = settings_of(pipeline.recipe, asked.get("preset") or None, given)
-    if cfg.modality == "audio":
-        raise RecipeError("this page draws pictures; `flagdit sample` makes sounds")
+    cfg = _settings(pipeline, asked)
     pipeline = pipeline.of(cfg.modality)
-    width, height = parse_size(cfg.size)
-    if width * height * cfg.frames > MOST_PIXELS or cfg.steps > MOST_STEPS:
-        raise RecipeError(f"that is more than {MOST_PIXELS >> 20} megapixels or {MOST_STEPS} steps")
     prompt = str(asked.get("prompt", ""))
 
     def told(step: int, *, finished: int) -> None:
         on_step(step, cfg.steps)
 
-    if not asked.get("picture"):
-        (pixels,) = pipeline.generate([prompt], cfg, on_step=told)
-        return data_uri(pixels)
-    picture = _picture(asked["picture"], (width, height))
-    masks = None
-    if asked.get("mask"):
-        masks = [_picture(asked["mask"], (width, height)).mean(0) > 0]
-    style = _picture(asked["style"], (width, height)) if asked.get("style") else None
-    strength = _number("strength", asked.get("strength", 0.6), float)
-    (pixels,) = edit(pipeline, [picture], [prompt], cfg, strength=strength, masks=masks, style=style, on_step=told)
-    return data_uri(pixels)
+    if asked.get("picture"):
+        drawn = _edited(pipeline, asked, prompt, cfg, told)
+    else:
+        (drawn,) = pipeline.generate([prompt], cfg, on_step=told)
+    return data_uri(drawn, cfg.modality, pipeline.recipe.audio.sample_rate)
 
 
-def data_uri(pixels: Tensor) -> str:
+def _settings(pipeline: Pipeline, asked: dict[str, Any]) -> SampleConfig:
+    given = {k: _value(k, asked[k], kind) for k, kind in ASKED.items() if asked.get(k) not in (None, "")}
+    cfg = settings_of(pipeline.recipe, asked.get("preset") or None, given)
+    width, height = parse_size(cfg.size)
+    if width * height * cfg.frames > MOST_PIXELS or cfg.seconds > MOST_SECONDS or cfg.steps > MOST_STEPS:
+        raise RecipeError(f"that is more than {MOST_PIXELS >> 20} megapixels, {MOST_SECONDS} s or {MOST_STEPS} steps")
+    return cfg
+
+
+def _edited(pipeline: Pipeline, asked: dict[str, Any], prompt: str, cfg: SampleConfig, on_step: Progress) -> Tensor:
+    if cfg.modality != "image":
+        raise RecipeError("this page edits images", fix="Choose the modality image, or remove the picture.")
+    size = parse_size(cfg.size)
+    picture = _picture(asked["picture"], size)
+    masks = [_picture(asked["mask"], size).mean(0) > 0] if asked.get("mask") else None
+    style = _picture(asked["style"], size) if asked.get("style") else None
+    strength = _value("strength", asked.get("strength", 0.6), float)
+    (drawn,) = edit(pipeline, [picture], [prompt], cfg, strength=strength, masks=masks, style=style, on_step=on_step)
+    return drawn
+
+
+def data_uri(sample: Tensor, modality: str, rate: int) -> str:
+    """Pixels (3, F, H, W) or sound (1, 1, 1, N) as a browser shows or plays it."""
     stream = io.BytesIO()
-    to_image(pixels).save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    if modality == "audio":
+        kind = "audio/wav"
+        stream.write(wav(sample.reshape(-1).numpy(), rate))
+    elif modality == "video":
+        kind = "image/gif"
+        save_animation(frames_of(sample), stream, "GIF")
+    else:
+        kind = "image/png"
+        to_image(sample).save(stream, "PNG")
+    return f"data:{kind};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _picture(uri: Any, size: tuple[int, int]) -> Tensor:
@@ -186,7 +214,7 @@ def _picture(uri: Any, size: tuple[int, int]) -> Tensor:
     return pixels
 
 
-def _number(name: str, value: Any, kind: type) -> Any:
+def _value(name: str, value: Any, kind: type) -> Any:
     try:
         return kind(value)
     except (TypeError, ValueError) as error:

@@ -47,9 +47,9 @@ def lines(client, **asked):
 
 def picture(client, **asked) -> Image.Image:
     *progress, last = lines(client, **asked)
-    assert "picture" in last, last
+    assert "sample" in last, last
     assert all(p["steps"] >= p["step"] > 0 for p in progress)
-    return Image.open(io.BytesIO(base64.b64decode(last["picture"].partition(",")[2])))
+    return Image.open(io.BytesIO(base64.b64decode(last["sample"].partition(",")[2])))
 
 
 def test_the_page_and_what_it_needs_to_know(client):
