@@ -15,9 +15,10 @@ import torch.distributed as dist
 from _live_bytes import LiveBytes
 from torch import Tensor
 
-from flagdit.batch import PackedBatch, Patches
+from flagdit.batch import PackedBatch
 from flagdit.config.schema import Recipe
 from flagdit.flow.objective import FlowMatching
+from flagdit.flow.path import PathSample, between
 from flagdit.model.block import TP_PLAN
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.parallel.context import ContextAttention, share
@@ -43,13 +44,19 @@ def _drop(p: Tensor) -> None:
     p.grad = None
 
 
-def follow(recipe: Recipe, model: FlagDiT, batch: PackedBatch, noise: Patches, t_S: Tensor) -> LiveBytes:
+def follow(recipe: Recipe, model: FlagDiT, batch: PackedBatch, path: PathSample) -> LiveBytes:
     """Forward and backward of a rank's part of a pack, its inputs included."""
-    inputs = [*batch.patches.values(), *noise.values(), t_S, *([batch.text.features_MY] if batch.text else [])]
+    inputs = [
+        *batch.patches.values(),
+        *path.x_t.values(),
+        *path.velocity.values(),
+        path.t_S,
+        *([batch.text.features_MY] if batch.text else []),
+    ]
     with LiveBytes(workspace={"flagdit::packed_attention_backward": _query_gradient}) as live:
         for x in inputs:
             live.add(x)
-        FlowMatching(recipe.flow).loss(model, batch, noise, t_S).total.backward()
+        FlowMatching(recipe.flow).loss(model, batch, path).total.backward()
     return live
 
 
@@ -64,7 +71,7 @@ def measure(recipe: Recipe, mesh: ParallelContext, backend: Any, whole: PackedBa
     model = build(recipe, mesh, backend, lambda _, shape: 0.02 * torch.randn(shape))
     batch = _part(recipe, mesh, whole)
     noise = {m: torch.randn_like(x) for m, x in batch.patches.items()}
-    return follow(recipe, model, batch, noise, torch.rand(len(batch.segments)))
+    return follow(recipe, model, batch, between(batch, noise, torch.rand(len(batch.segments))))
 
 
 def trace(recipe: Recipe, rank: int, backend: Any, whole: PackedBatch) -> tuple[LiveBytes, int, int]:
@@ -84,7 +91,7 @@ def trace(recipe: Recipe, rank: int, backend: Any, whole: PackedBatch) -> tuple[
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = build(recipe, mesh, backend, lambda _, shape: torch.empty(shape))
             noise = {m: torch.empty_like(x) for m, x in batch.patches.items()}
-            live = follow(recipe, model, batch, noise, torch.empty(len(batch.segments)))
+            live = follow(recipe, model, batch, between(batch, noise, torch.empty(len(batch.segments))))
         return live, sum(p.numel() for p in model.parameters()), mesh.shards.size
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from flagdit.batch import PackedBatch, PackedText, Segment
 from flagdit.config.schema import FlowConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recipe, TrainConfig
-from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching, drop_conditions
+from flagdit.flow.path import draw_path
 from flagdit.flow.timesteps import draw_timesteps
 from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, pack
@@ -171,7 +171,7 @@ def accumulate(engine: Engine, recipe: Recipe, batches: list[PackedBatch]) -> fl
         batch = drop_conditions(batch, recipe.flow, 0, null_text_LY=null, null_label=0)
         t_S = draw_timesteps(batch, recipe.flow, 0)
         batch = engine.share(batch)
-        loss = objective.loss(engine.model, batch, draw_noise(batch, 0), t_S, denominator=count)
+        loss = objective.loss(engine.model, batch, draw_path(batch, t_S, 0), denominator=count)
         engine.backward(loss.total, last=i == len(batches) - 1)
         total += loss.total.detach()
     return engine.total(total).item()
@@ -221,7 +221,7 @@ def held_out(engine: Engine, recipe: Recipe, emas: Emas, batches: list[PackedBat
         for batch in batches:
             t_S = torch.full((len(batch.segments),), 0.5)
             batch = engine.share(batch)
-            total += objective.loss(model, batch, draw_noise(batch, 0), t_S).per_sample_S.double().sum()
+            total += objective.loss(model, batch, draw_path(batch, t_S, 0)).per_sample_S.double().sum()
     return engine.total(total).item() / len(SHAPES)
 
 

@@ -58,21 +58,22 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def _counter(block_B: Tensor, sample_id_B: Tensor, epoch: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    high = (sample_id_B >> 32) & 0xFFFF | stream << 16
-    return block_B, sample_id_B & MASK, high, torch.full_like(block_B, epoch & MASK)
+def _counter(
+    block_B: Tensor, sample_id_B: Tensor, epoch_B: Tensor, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return block_B, sample_id_B & MASK, (sample_id_B >> 32) & 0xFFFF | stream << 16, epoch_B & MASK
 
 
 def _normal_reference(
-    seed: int, epoch: int, sample_ids_S: Tensor, lengths_S: Sequence[int], starts_S: Sequence[int], device
+    seed: int, epoch_S: Tensor, sample_ids_S: Tensor, lengths_S: Sequence[int], starts_S: Sequence[int], device
 ) -> Tensor:
     firsts_S = [start // 4 for start in starts_S]
     blocks_S = [-(-(start + n) // 4) - first for start, n, first in zip(starts_S, lengths_S, firsts_S, strict=True)]
     counts_S = torch.tensor(blocks_S, dtype=torch.int64, device=device)
-    ids_B = torch.repeat_interleave(sample_ids_S.to(device), counts_S)
+    ids_B, epoch_B = (torch.repeat_interleave(value_S.to(device), counts_S) for value_S in (sample_ids_S, epoch_S))
     shift_S = torch.tensor(firsts_S, dtype=torch.int64, device=device) - counts_S.cumsum(0) + counts_S
     block_B = torch.arange(len(ids_B), device=device) + torch.repeat_interleave(shift_S, counts_S)
-    words = torch.stack(philox(_counter(block_B, ids_B, epoch, NORMAL_STREAM), seed))
+    words = torch.stack(philox(_counter(block_B, ids_B, epoch_B, NORMAL_STREAM), seed))
     z_B4 = torch.stack(box_muller(words[0::2], words[1::2]), dim=1).flatten(0, 1).T
     if all(n % 4 == 0 for n in (*lengths_S, *starts_S)):
         return z_B4.reshape(-1)
@@ -81,12 +82,12 @@ def _normal_reference(
     return torch.cat([part[start % 4 : start % 4 + n] for part, start, n in places])
 
 
-def uniform(seed: int, epoch: int, sample_ids_S: Tensor, stream: int) -> Tensor:
+def uniform(seed: int, epoch: int | Tensor, sample_ids_S: Tensor, stream: int) -> Tensor:
     """One uniform number in (0, 1) per sample.
 
     Args:
         seed: of the run.
-        epoch: pass over the data.
+        epoch: pass over the data, one for all samples or (S,) int64.
         sample_ids_S: (S,) int64, below 2^48.
         stream: 1 to 65535; streams are independent of one another and of the noise.
 
@@ -94,12 +95,13 @@ def uniform(seed: int, epoch: int, sample_ids_S: Tensor, stream: int) -> Tensor:
         (S,) fp64 with 52 random bits, on the ids' device.
     """
     assert NORMAL_STREAM < stream < 1 << 16
-    first, second, _, _ = philox(_counter(torch.zeros_like(sample_ids_S), sample_ids_S, epoch, stream), seed)
+    counter = _counter(torch.zeros_like(sample_ids_S), sample_ids_S, torch.as_tensor(epoch), stream)
+    first, second, _, _ = philox(counter, seed)
     return ((first << 20 | second >> 12).double() + 0.5) * 2.0**-52
 
 
 def spans(
-    seed: int, epoch: int, sample_ids_S: Tensor, lengths_S: Sequence[int], starts_S: Sequence[int]
+    seed: int, epoch: int | Tensor, sample_ids_S: Tensor, lengths_S: Sequence[int], starts_S: Sequence[int]
 ) -> tuple[Tensor, int]:
     """What every program of a kernel does, (C, 8) int64, and the unit in which its first four columns count.
 
@@ -121,7 +123,7 @@ def spans(
     rows = [
         *(column // unit for column in (block_C, first_C, end_C, (outputs - starts)[sample_C])),
         sample_ids_S.cpu().long()[sample_C], sample_C, torch.full_like(sample_C, signed_seed),
-        torch.full_like(sample_C, epoch),
+        torch.as_tensor(epoch).expand(len(lengths))[sample_C],
     ]  # fmt: skip
     return torch.stack(rows, dim=1), unit
 
@@ -245,7 +247,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 def normal(
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     sample_ids_S: Tensor,
     lengths_S: Sequence[int],
     device: torch.device | str,
@@ -256,7 +258,7 @@ def normal(
 
     Args:
         seed: of the run, 64 bits.
-        epoch: pass over the data.
+        epoch: pass over the data, one for all samples or (S,) int64.
         sample_ids_S: (S,) int64, below 2^48.
         lengths_S: elements of each sample, below 2^34.
         device: where the noise is made.
@@ -271,7 +273,8 @@ def normal(
     """
     starts_S = [0] * len(lengths_S) if starts_S is None else starts_S
     if not use_triton("normal", backend, torch.device(device).type, torch.float32):
-        return _normal_reference(seed, epoch, sample_ids_S, lengths_S, starts_S, device)
+        epoch_S = torch.as_tensor(epoch).expand(len(sample_ids_S))
+        return _normal_reference(seed, epoch_S, sample_ids_S, lengths_S, starts_S, device)
     table, unit = spans(seed, epoch, sample_ids_S, lengths_S, starts_S)
     return _normal(table.to(device, non_blocking=True), unit, sum(lengths_S))
 
@@ -280,7 +283,7 @@ def flow_noise(
     data_E: Tensor,
     t_S: Tensor,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     sample_ids_S: Tensor,
     lengths_S: Sequence[int],
     starts_S: Sequence[int] | None = None,

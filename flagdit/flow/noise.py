@@ -8,6 +8,7 @@ on the same numbers, and a rank can draw exactly its part.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +19,23 @@ from flagdit.kernels import flow_noise
 # Independent streams of one sample; `flow_noise.normal` has its own.
 TIMESTEP_STREAM = 1
 DROPOUT_STREAM = 2
+
+
+class Draws(TypedDict):
+    """Which numbers are a modality's: the arguments of `kernels.flow_noise` but the seed."""
+
+    epoch: Tensor
+    sample_ids_S: Tensor
+    lengths_S: list[int]
+    starts_S: list[int]
+
+
+def draws_of(batch: PackedBatch, modality: str) -> Draws:
+    """The numbers that a pack's samples of one modality take, or of a rank's share exactly its part."""
+    own = [s for s in batch.segments if s.modality == modality]
+    epoch_S, ids_S = _identity(own)
+    starts, lengths = zip(*batch.noise_spans(modality), strict=True)
+    return {"epoch": epoch_S, "sample_ids_S": ids_S, "lengths_S": list(lengths), "starts_S": list(starts)}
 
 
 def draw_noise(batch: PackedBatch, seed: int) -> Patches:
@@ -32,38 +50,21 @@ def draw_noise(batch: PackedBatch, seed: int) -> Patches:
     """
     noise = {}
     for modality, index in batch.layout.patch_index.items():
-        own = [s for s in batch.segments if s.modality == modality]
-        spans = batch.noise_spans(modality)
-        if not any(length for _, length in spans):
+        draws = draws_of(batch, modality)
+        if any(draws["lengths_S"]):
+            noise[modality] = flow_noise.normal(seed, device=index.device, **draws).view(len(index), -1)
+        else:
             noise[modality] = torch.zeros_like(batch.patches[modality], dtype=torch.float32)
-            continue
-        parts: list[Tensor] = [torch.empty(0)] * len(own)
-        # Nearly always one epoch, and then one call; where data sets or epochs meet in a pack, one for each.
-        for epoch, places in _by_epoch(own).items():
-            ids = torch.tensor([own[i].sample_id for i in places], dtype=torch.int64)
-            lengths, starts = [spans[i][1] for i in places], [spans[i][0] for i in places]
-            flat = flow_noise.normal(seed, epoch, ids, lengths, index.device, starts)
-            if len(places) == len(own):
-                parts = [flat]
-                break
-            for i, part in zip(places, flat.split(lengths), strict=True):
-                parts[i] = part
-        noise[modality] = torch.cat(parts).view(len(index), -1)
     return noise
 
 
 def draw_uniform(batch: PackedBatch, seed: int, stream: int) -> Tensor:
     """(S,) fp64 uniform numbers in (0, 1) on the CPU, one per sample of the pack and independent between streams."""
-    drawn_S = torch.empty(len(batch.segments), dtype=torch.float64)
-    for epoch, places in _by_epoch(batch.segments).items():
-        ids = torch.tensor([batch.segments[i].sample_id for i in places], dtype=torch.int64)
-        drawn_S[torch.tensor(places)] = flow_noise.uniform(seed, epoch, ids, stream)
-    return drawn_S
+    epoch_S, ids_S = _identity(batch.segments)
+    return flow_noise.uniform(seed, epoch_S, ids_S, stream)
 
 
-def _by_epoch(segments: Sequence[Segment]) -> dict[int, list[int]]:
-    """Epoch → places of its segments."""
-    found: dict[int, list[int]] = {}
-    for i, segment in enumerate(segments):
-        found.setdefault(segment.epoch, []).append(i)
-    return found
+def _identity(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    """Epochs and ids, (S,) int64 each."""
+    epochs, ids = [s.epoch for s in segments], [s.sample_id for s in segments]
+    return torch.tensor(epochs, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64)

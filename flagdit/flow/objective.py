@@ -15,7 +15,7 @@ from torch import Tensor
 from flagdit.batch import PackedBatch, Patches
 from flagdit.config.schema import FlowConfig
 from flagdit.flow.noise import DROPOUT_STREAM, draw_uniform
-from flagdit.flow.path import interpolate, target
+from flagdit.flow.path import PathSample
 
 Model = Callable[[Patches, Tensor, PackedBatch], Patches]
 """x_t, t_S and the batch that describes them → velocity."""
@@ -53,21 +53,18 @@ class FlowMatching:
             return sum(len(index) for index in batch.layout.patch_index.values())
         return len(batch.segments)
 
-    def loss(
-        self, model: Model, batch: PackedBatch, noise: Patches, t_S: Tensor, denominator: float | None = None
-    ) -> Loss:
+    def loss(self, model: Model, batch: PackedBatch, path: PathSample, denominator: float | None = None) -> Loss:
         """The loss of one pack.
 
         Args:
             model: predicts the velocity.
-            batch: clean patches and conditions.
-            noise: x0, shaped as the patches.
-            t_S: (S,) times.
+            batch: conditions and geometry of the samples.
+            path: their noised patches and velocities.
             denominator: sum of `count` over all packs of the step, on all ranks, so that the packs' losses add up to
                 the mean over the global batch however it was split; None: this pack alone.
         """
-        predicted = model(interpolate(batch, noise, t_S), t_S, batch)
-        wanted = target(batch, noise)
+        t_S, wanted = path.t_S, path.velocity
+        predicted = model(path.x_t, t_S, batch)
         error_S = torch.zeros(len(batch.segments), device=t_S.device)
         for modality, want_NP in wanted.items():
             error_N = (predicted[modality].float() - want_NP).square().mean(dim=1)

@@ -19,8 +19,8 @@ from flagdit.batch import PackedText, Segment
 from flagdit.config.schema import SampleConfig
 from flagdit.data_pipelines.index import Dataset, Encoded
 from flagdit.errors import CheckpointError, DataError, RecipeError
-from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching
+from flagdit.flow.path import draw_path
 from flagdit.generate.features import ClipScores, frechet, inception, lite0, lite0_installed
 from flagdit.generate.images import grid, save_image, to_image
 from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
@@ -144,12 +144,11 @@ def flow_losses(
         segment = Segment(i, pipeline.recipe.sample.modality, (c, f, h, w))
         batch = pack([segment], [sample.latent_CFHW.float()], pipeline.spec, text=text, labels=labels)
         batch = batch.to(next(pipeline.model.parameters()).device)
-        noise = draw_noise(batch, pipeline.recipe.seed)
         at = sums.setdefault(f"{w * pipeline.codec.factor}×{h * pipeline.codec.factor}", {})
         for k in range(bins):
             t = (k + 0.5) / bins
             t_S = torch.full((1,), t, device=batch.layout.cu_seqlens.device)
-            loss = objective.loss(pipeline.model, batch, noise, t_S)
+            loss = objective.loss(pipeline.model, batch, draw_path(batch, t_S, pipeline.recipe.seed))
             at.setdefault(f"{t:.2f}", []).append(float(loss.per_sample_S[0]))
     return {size: {t: sum(v) / len(v) for t, v in at.items()} for size, at in sums.items()}
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagdit.batch import PackedBatch, Patches
-from flagdit.flow.noise import draw_noise
+from flagdit.batch import PackedBatch
 from flagdit.flow.objective import drop_conditions
+from flagdit.flow.path import PathSample, draw_path
 from flagdit.flow.timesteps import draw_timesteps
 from flagdit.model.flops import training_flops
 from flagdit.train.guard import rows_of
@@ -43,8 +43,7 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
     total = torch.zeros((), device=engine.device)
     per_sample: list[Tensor] = []
     for i, batch in enumerate(batches):
-        batch, noise, t_S = draw(run, batch)
-        loss = run.objective.loss(engine.model, batch, noise, t_S, denominator=count)
+        loss = run.objective.loss(engine.model, *draw(run, batch), denominator=count)
         engine.backward(loss.total, last=i == len(batches) - 1)
         total += loss.total.detach()
         per_sample.append(loss.per_sample_S)
@@ -101,14 +100,15 @@ def everywhere(run: Run, batches: Sequence[PackedBatch], per_sample: Sequence[Te
     return [row for found in mesh.from_all(rows) for row in found]
 
 
-def draw(run: Run, batch: PackedBatch) -> tuple[PackedBatch, Patches, Tensor]:
-    """This rank's part of a pack on the engine's device with its noise, its times, and some of its conditions dropped.
+def draw(run: Run, batch: PackedBatch) -> tuple[PackedBatch, PathSample]:
+    """This rank's part of a pack on the engine's device, some of its conditions dropped, and its place on the path.
 
-    All three are functions of the run's seed and the samples' ids, never of a generator's state.
+    Noise, times and dropout are functions of the run's seed and the samples' ids, never of a generator's state.
     """
     recipe = run.recipe
     batch = run.engine.share(batch).to(run.engine.device)
     batch = drop_conditions(
         batch, recipe.flow, recipe.seed, null_text_LY=run.null_text_LY, null_label=recipe.model.num_classes
     )
-    return batch, draw_noise(batch, recipe.seed), draw_timesteps(batch, recipe.flow, recipe.seed)
+    t_S = draw_timesteps(batch, recipe.flow, recipe.seed)
+    return batch, draw_path(batch, t_S, recipe.seed, recipe.model.kernels)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flagdit.data_pipelines.loader import validation_batches
-from flagdit.flow.noise import draw_noise
+from flagdit.flow.path import draw_path
 from flagdit.train.run import Run
 
 
@@ -38,10 +38,10 @@ class HeldOut:
         with engine.using(weights) as model:
             for whole in self._batches:
                 batch = engine.share(whole).to(engine.device)
-                noise = draw_noise(batch, run.recipe.seed)
                 for i, t in enumerate(times):
                     t_S = torch.full((len(batch.segments),), t, device=engine.device)
-                    loss = run.objective.loss(model, batch, noise, t_S)
+                    path = draw_path(batch, t_S, run.recipe.seed, run.recipe.model.kernels)
+                    loss = run.objective.loss(model, batch, path)
                     if not whole.weightless:
                         sums_T[i] += loss.per_sample_S.double().sum()
         count = sum(len(batch.segments) for batch in self._batches if not batch.weightless)

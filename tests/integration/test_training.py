@@ -149,17 +149,17 @@ def test_grids_are_drawn_from_the_average_that_the_recipe_names(tiny):
 
 
 def spoil(monkeypatch, sample_id: int, epochs: set[int]) -> None:
-    """Makes one sample's noise NaN in some epochs."""
-    honest = step_module.draw_noise
+    """Makes one sample's noised patches NaN in some epochs."""
+    honest = step_module.draw_path
 
-    def draw(batch: PackedBatch, seed: int):
-        noise = honest(batch, seed)
+    def draw(batch: PackedBatch, *rest):
+        path = honest(batch, *rest)
         for i, segment in enumerate(batch.segments):
             if segment.sample_id == sample_id and segment.epoch in epochs:
-                noise["image"][batch.layout.patch_segment["image"] == i] = math.nan
-        return noise
+                path.x_t["image"][batch.layout.patch_segment["image"] == i] = math.nan
+        return path
 
-    monkeypatch.setattr(step_module, "draw_noise", draw)
+    monkeypatch.setattr(step_module, "draw_path", draw)
 
 
 def test_a_bad_step_touches_nothing_and_is_written_down(tiny, monkeypatch, capsys):
@@ -198,10 +198,10 @@ def test_one_batch_is_learnt_by_heart(tiny):
     """The whole chain of model, objective and optimizer: one batch with its noise and times to below 5% of its loss."""
     recipe = tiny(model__dim=64, model__ffn_dim=192, model__cond_dim=64, model__num_heads=4, optimizer__lr=0.003)
     run = build(recipe, RunFolder(Path(recipe.run_dir) / "tiny"), PlainDisplay(), ParallelContext())
-    batch, noise, t_S = step_module.draw(run, next(build_loader(recipe, 0))[0])
+    batch, path = step_module.draw(run, next(build_loader(recipe, 0))[0])
     losses = []
     for _ in range(400):
-        loss = run.objective.loss(run.engine.model, batch, noise, t_S)
+        loss = run.objective.loss(run.engine.model, batch, path)
         run.engine.backward(loss.total, last=True)
         run.engine.grad_norm()
         run.engine.step(recipe.optimizer.lr)

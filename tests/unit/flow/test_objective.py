@@ -9,7 +9,7 @@ from flagdit.batch import PackedText, Segment, concat
 from flagdit.config.schema import FlowConfig
 from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching, drop_conditions
-from flagdit.flow.path import interpolate, target
+from flagdit.flow.path import between, draw_path
 from flagdit.flow.timesteps import draw_timesteps, shift_of, shift_time, time_grid
 from flagdit.model.tokens import TokenSpec, pack
 
@@ -32,13 +32,23 @@ def zero_model(x, t_S, batch):
 def test_path_ends_at_noise_and_data_with_constant_velocity():
     batch = make_batch()
     noise = draw_noise(batch, seed=1)
-    zeros, ones = torch.zeros(4), torch.ones(4)
-    velocity = target(batch, noise)
+    zeros = torch.zeros(4)
+    first, late, later, last = (between(batch, noise, zeros + t) for t in (0, 0.4, 0.6, 1))
     for m, x1 in batch.patches.items():
-        assert torch.equal(interpolate(batch, noise, zeros)[m], noise[m])
-        assert torch.equal(interpolate(batch, noise, ones)[m], x1)
-        step = interpolate(batch, noise, zeros + 0.6)[m] - interpolate(batch, noise, zeros + 0.4)[m]
-        torch.testing.assert_close(step, 0.2 * velocity[m])
+        assert torch.equal(first.x_t[m], noise[m])
+        assert torch.equal(last.x_t[m], x1)
+        torch.testing.assert_close(later.x_t[m] - late.x_t[m], 0.2 * first.velocity[m])
+
+
+def test_the_fused_path_has_the_bits_of_the_path_from_given_noise():
+    batch, t_S = (
+        concat([make_batch([0, 1, 2]), make_batch([3], epoch=2, first_id=70)]),
+        torch.tensor([0.1, 0.9, 0.3, 1]),
+    )
+    fused, plain = draw_path(batch, t_S, 5), between(batch, draw_noise(batch, 5), t_S)
+    assert list(fused.x_t) == ["image", "audio", "video"]
+    for m in batch.patches:
+        assert torch.equal(fused.x_t[m], plain.x_t[m]) and torch.equal(fused.velocity[m], plain.velocity[m])
 
 
 def test_noise_and_times_do_not_depend_on_the_pack():
@@ -103,7 +113,7 @@ def test_loss_does_not_depend_on_the_split_into_packs(token_weighting):
 
     def loss(batch):
         return objective.loss(
-            zero_model, batch, draw_noise(batch, 0), draw_timesteps(batch, objective.cfg, 0), denominator=count
+            zero_model, batch, draw_path(batch, draw_timesteps(batch, objective.cfg, 0), 0), denominator=count
         )
 
     torch.testing.assert_close(loss(whole).total, sum(loss(p).total for p in parts))
@@ -112,14 +122,14 @@ def test_loss_does_not_depend_on_the_split_into_packs(token_weighting):
 
 def test_loss_is_the_mean_squared_error_to_the_velocity():
     batch = make_batch([0, 2])
-    noise, t_S = draw_noise(batch, 0), torch.tensor([0.3, 0.9])
-    wanted = target(batch, noise)["image"].square().mean(1).split([6, 16])
-    loss = FlowMatching(FlowConfig()).loss(zero_model, batch, noise, t_S)
+    path = draw_path(batch, torch.tensor([0.3, 0.9]), 0)
+    wanted = path.velocity["image"].square().mean(1).split([6, 16])
+    loss = FlowMatching(FlowConfig()).loss(zero_model, batch, path)
     torch.testing.assert_close(loss.per_sample_S, torch.stack([w.mean() for w in wanted]))
     torch.testing.assert_close(loss.total, loss.per_sample_S.mean())
-    by_token = FlowMatching(FlowConfig(token_weighting="token")).loss(zero_model, batch, noise, t_S)
+    by_token = FlowMatching(FlowConfig(token_weighting="token")).loss(zero_model, batch, path)
     torch.testing.assert_close(by_token.total, torch.cat(wanted).mean())
-    weighted = FlowMatching(FlowConfig(weighting="snr")).loss(zero_model, batch, noise, t_S)
+    weighted = FlowMatching(FlowConfig(weighting="snr")).loss(zero_model, batch, path)
     torch.testing.assert_close(weighted.total, (loss.per_sample_S * torch.tensor([1 / 0.7, 5.0])).mean())
 
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flagdit.batch import PackedText, Segment, concat
 from flagdit.config.schema import FlowConfig, ModelConfig
 from flagdit.errors import DataError
-from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching
+from flagdit.flow.path import draw_path
 from flagdit.model.flag_dit import FlagDiT, Inference
 from flagdit.model.initialize import initialize
 from flagdit.model.rope import RopeScaling
@@ -241,12 +241,12 @@ def test_one_batch_is_learned_by_heart():
     model = FlagDiT(cfg)
     initialize(model, 0)
     batch = make_batch(cfg, [0, 2, 3])
-    noise, t_S = draw_noise(batch, 0), torch.tensor([0.2, 0.5, 0.8])
+    path = draw_path(batch, torch.tensor([0.2, 0.5, 0.8]), 0)
     objective = FlowMatching(FlowConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(150):
-        loss = objective.loss(model, batch, noise, t_S).total
+        loss = objective.loss(model, batch, path).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

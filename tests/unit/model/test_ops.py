@@ -9,8 +9,8 @@ import torch
 from flagdit.batch import PackedText, Segment
 from flagdit.config.schema import FlowConfig, ModelConfig
 from flagdit.errors import RecipeError
-from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching
+from flagdit.flow.path import draw_path
 from flagdit.kernels import dispatch
 from flagdit.model.attention_backends import uncompiled
 from flagdit.model.flag_dit import FlagDiT, Inference
@@ -63,7 +63,7 @@ def outcome(cfg: ModelConfig, kernels: str, compiled: bool = False):
         model.attention_backend = uncompiled(model.attention_backend)
         for block in model.blocks:
             block.compile(backend="aot_eager")
-    loss = FlowMatching(FlowConfig()).loss(model, batch, draw_noise(batch, 0), T_S).total
+    loss = FlowMatching(FlowConfig()).loss(model, batch, draw_path(batch, T_S, 0)).total
     loss.backward()
     return loss, {name: p.grad for name, p in model.named_parameters()}
 

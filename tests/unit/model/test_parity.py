@@ -13,6 +13,7 @@ from flagdit.checkpoint.lumina import convert_official
 from flagdit.config.schema import FlowConfig, ModelConfig
 from flagdit.flow.guidance import guided_velocity
 from flagdit.flow.objective import FlowMatching
+from flagdit.flow.path import between
 from flagdit.flow.solver import integrate
 from flagdit.model.flag_dit import FlagDiT, Inference
 from flagdit.model.rope import RopeScaling
@@ -124,7 +125,7 @@ def test_flow_matching_gives_the_official_loss(golden):
     data = batch.patches["image"] + (1 - t_N1) * target
     batch.patches["image"] = data
     flow = FlowMatching(FlowConfig(weighting="none"))
-    loss = flow.loss(golden.model, batch, {"image": data - target}, t, denominator=1.0)
+    loss = flow.loss(golden.model, batch, between(batch, {"image": data - target}, t), denominator=1.0)
     assert_close(loss.total.detach()[None], x["loss"])
     assert_close(loss.per_sample_S.sum()[None], x["loss"])
 
