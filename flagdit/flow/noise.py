@@ -34,8 +34,13 @@ def draws_of(batch: PackedBatch, modality: str) -> Draws:
     """The numbers that a pack's samples of one modality take, or of a rank's share exactly its part."""
     own = [s for s in batch.segments if s.modality == modality]
     epoch_S, ids_S = _identity(own)
-    starts, lengths = zip(*batch.noise_spans(modality), strict=True)
-    return {"epoch": epoch_S, "sample_ids_S": ids_S, "lengths_S": list(lengths), "starts_S": list(starts)}
+    spans = batch.noise_spans(modality)
+    return {
+        "epoch": epoch_S,
+        "sample_ids_S": ids_S,
+        "lengths_S": [n for _, n in spans],
+        "starts_S": [s for s, _ in spans],
+    }
 
 
 def draw_noise(batch: PackedBatch, seed: int) -> Patches:
