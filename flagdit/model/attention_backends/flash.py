@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flagdit.model.attention_backends.packed import PackedBackend, Packing
+from flagdit.model.attention_backends.packed import PackedBackend, Packing, Saved
 
 HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
@@ -70,9 +71,9 @@ class FlashBackend(PackedBackend):
         """What is not installed, as a clause."""
         return None if installed(self.module) else f"{self.package} is not installed (no module {self.module})"
 
+    @abstractmethod
     def unsuited(self, capability: tuple[int, int], head_dim: int) -> str | None:
         """Why it cannot run on a GPU of this compute capability with such heads."""
-        raise NotImplementedError
 
     def nondeterminism(self, device: torch.device, *, gqa: bool) -> str | None:
         return None
@@ -117,23 +118,13 @@ class Varlen(FlashBackend):
         return out, lse
 
     def kernel_backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_UKD: Tensor,
-        v_UKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        packing: Packing,
-        deterministic: bool,
+        self, grad_THD: Tensor, saved: Saved, packing: Packing, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The operator asks torch itself whether to be deterministic. The generator's state is not read without dropout.
         *lengths, scale = packing
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
-        unused = torch.empty(0, device=q_THD.device)
-        return _aten._flash_attention_backward(
-            grad_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT, *lengths, 0.0, False, rng_state, unused, scale=scale
-        )
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=grad_THD.device)
+        unused = torch.empty(0, device=grad_THD.device)
+        return _aten._flash_attention_backward(grad_THD, *saved, *lengths, 0.0, False, rng_state, unused, scale=scale)
 
 
 class Flash2(FlashBackend):
@@ -159,20 +150,12 @@ class Flash2(FlashBackend):
         return out, lse
 
     def kernel_backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_UKD: Tensor,
-        v_UKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        packing: Packing,
-        deterministic: bool,
+        self, grad_THD: Tensor, saved: Saved, packing: Packing, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         *lengths, scale = packing
-        grads = _empty(q_THD, k_UKD, v_UKD)
+        grads = _empty(saved)
         self.load()._flash_attn_varlen_backward(
-            grad_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT, *grads, *lengths, 0.0, scale, False, -1, -1, 0.0, None,
+            grad_THD, *saved, *grads, *lengths, 0.0, scale, False, -1, -1, 0.0, None,
             deterministic,
         )  # dropout, scale, causal, window, softcap, ALiBi  # fmt: skip
         return grads
@@ -214,19 +197,11 @@ class Flash3(FlashBackend):
         return out, lse
 
     def kernel_backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_UKD: Tensor,
-        v_UKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        packing: Packing,
-        deterministic: bool,
+        self, grad_THD: Tensor, saved: Saved, packing: Packing, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = _empty(q_THD, k_UKD, v_UKD)
+        grads = _empty(saved)
         self._ops().bwd(
-            grad_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT, *grads,
+            grad_THD, *saved, *grads,
             packing.cu_seqlens_q, packing.cu_seqlens_k,
             None, None,  # seqused_q, seqused_k
             packing.max_seqlen_q, packing.max_seqlen_k,
@@ -270,16 +245,9 @@ class Flash4(FlashBackend):
         return out, lse
 
     def kernel_backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_UKD: Tensor,
-        v_UKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        packing: Packing,
-        deterministic: bool,
+        self, grad_THD: Tensor, saved: Saved, packing: Packing, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q_THD, k_UKD, v_UKD, out_THD, lse_HT = saved
         dq, dk, dv, *_ = self._call("_flash_attn_bwd")(
             q_THD, k_UKD, v_UKD, out_THD, grad_THD, lse_HT, **_named(packing), causal=False, deterministic=deterministic
         )
@@ -294,6 +262,7 @@ def _named(packing: Packing) -> dict[str, Any]:
     return {"softmax_scale": fields.pop("scale"), **fields}
 
 
-def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a kernel writes the gradients."""
+def _empty(saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a kernel writes the gradients of queries, keys and values."""
+    q, k, v = saved[:3]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -36,6 +36,16 @@ class Packing(NamedTuple):
     scale: float
 
 
+class Saved(NamedTuple):
+    """What backward is given of forward."""
+
+    q_THD: Tensor
+    k_UKD: Tensor
+    v_UKD: Tensor
+    out_THD: Tensor
+    lse_HT: Tensor
+
+
 class PackedBackend(LiveBackend):
     """Base of kernels that take cu_seqlens: a subclass says what it needs and calls its package twice."""
 
@@ -48,15 +58,7 @@ class PackedBackend(LiveBackend):
 
     @abstractmethod
     def kernel_backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_UKD: Tensor,
-        v_UKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        packing: Packing,
-        deterministic: bool,
+        self, grad_THD: Tensor, saved: Saved, packing: Packing, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv)."""
 
@@ -127,9 +129,8 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     packing = _packing(cu_q, cu_k, max_q, max_k, q)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv = KERNELS[kernel].kernel_backward(
-        _dense(grad), _dense(q), _dense(k), _dense(v), _dense(out), lse, packing, deterministic
-    )
+    saved = Saved(_dense(q), _dense(k), _dense(v), _dense(out), lse)
+    dq, dk, dv = KERNELS[kernel].kernel_backward(_dense(grad), saved, packing, deterministic)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
