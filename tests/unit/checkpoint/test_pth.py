@@ -38,13 +38,6 @@ def test_arguments_are_read_as_they_were_saved(tmp_path):
         assert read_namespace(tmp_path / "bare.pth") == VALUES, protocol
 
 
-def test_what_torch_refuses_is_read_here(tmp_path):
-    torch.save(argparse.Namespace(**VALUES), tmp_path / "a.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "a.pth", weights_only=True)
-    assert read_namespace(tmp_path / "a.pth")["steps"] == 10**12
-
-
 @pytest.mark.parametrize("hidden", ["alone", "inside", "key"])
 def test_malicious_arguments_are_refused_and_not_executed(tmp_path, trap, hidden):
     evil = Evil(trap)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from dataclasses import replace
 
 import pytest
@@ -235,8 +234,7 @@ def test_a_batch_that_does_not_fit_says_how_to_fix_it():
 
 
 def test_one_batch_is_learned_by_heart():
-    """Flow matching at fixed noise and times falls below 5% of its first loss, in a few seconds."""
-    start = time.perf_counter()
+    """Flow matching at fixed noise and times falls below 5% of its first loss."""
     cfg = ModelConfig(dim=64, num_layers=3, num_heads=4, text_dim=10, modalities={"image": 4})
     model = FlagDiT(cfg)
     initialize(model, 0)
@@ -253,4 +251,3 @@ def test_one_batch_is_learned_by_heart():
         losses.append(loss.item())
     assert math.isfinite(losses[-1])
     assert losses[-1] < 0.05 * losses[0]
-    assert time.perf_counter() - start < 30
