@@ -47,11 +47,12 @@ class Loader:
         self.bad: list[BadSample] = []
         self._known_bad: set[int] = set()
         self.num_samples = sum(len(m.dataset.split(recipe.data.split)) for m in mixture.members)
+        self._batches = Batches(recipe, mixture)
         workers = recipe.data.workers
         loader = DataLoader(
             PackReader(recipe, mixture),
             batch_size=None,
-            sampler=_Plan(Batches(recipe, mixture), recipe.train.accumulation, start_step, data_rank, data_size),
+            sampler=_Plan(self._batches, recipe.train.accumulation, start_step, data_rank, data_size),
             num_workers=workers,
             prefetch_factor=recipe.data.prefetch if workers else None,
             timeout=recipe.limits.stall_seconds if workers else 0,
@@ -81,6 +82,10 @@ class Loader:
         self._count(loaded)
         self.step += 1
         return loaded.packs
+
+    def ids_of(self, k: int) -> list[int]:
+        """Sample ids of global batch k, over all ranks, whether they can be read or not."""
+        return [i for part in self._batches.batch_of(k) for i in part.ids.tolist()]
 
     def _worker_error(self, error: Exception) -> Exception:
         """What has become of the loader processes, in words; the error itself when it was none of them."""

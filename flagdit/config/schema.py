@@ -12,6 +12,7 @@ from typing import Optional
 
 from flagdit.config.fields import block, key
 from flagdit.config.schema_cluster import ClusterConfig
+from flagdit.config.schema_guard import GuardConfig
 
 Texts = list[str]
 Numbers = list[float]
@@ -210,16 +211,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    """What happens when a step is bad."""
-
-    max_grad_norm: float = key(
-        0.0, "Gradient norm above which a step is skipped; 0: only non-finite steps are.", at_least=0
-    )
-    max_consecutive: int = key(10, "Skipped steps in a row that stop the run.", at_least=1)
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
@@ -344,6 +335,11 @@ class CheckpointConfig:
 
     every: int = key(1000, "Steps between checkpoints; the last step always saves.", at_least=1)
     keep: int = key(3, "Newest checkpoints to keep; 0: all.", at_least=0)
+    grace: float = key(
+        240.0,
+        "Seconds from a signal to stop until the process leaves; what is not saved by then is given up. 0: no limit.",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)

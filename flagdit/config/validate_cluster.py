@@ -91,6 +91,12 @@ def _times(recipe: Recipe) -> Iterator[Problem]:
             ("cluster.signal", "cluster.time"),
             f"cluster.signal={c.signal} seconds must be less than cluster.time={c.time} ({seconds} seconds)",
         )
+    if not 0 < recipe.checkpoint.grace < c.signal:
+        yield Problem(
+            ("checkpoint.grace", "cluster.signal"),
+            f"checkpoint.grace={recipe.checkpoint.grace:g} must lie between 0 and cluster.signal={c.signal} seconds, "
+            "after which the job is killed",
+        )
     for name, limit in c.partitions.items():
         if seconds_of(limit) is None and limit not in ("infinite", "UNLIMITED"):
             yield Problem(

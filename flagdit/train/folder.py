@@ -3,7 +3,7 @@
 runs/NAME/
     recipe.yaml         the resolved recipe
     metrics.jsonl       one JSON object a line: training lines and validation lines, by step
-    ledger.jsonl        one JSON object per bad step, with its samples
+    ledger.jsonl        one JSON object per bad step, with its samples and what was decided
     environment.jsonl   one JSON object per start: versions, hardware, command line
     checkpoints/        step_00001000/ …
     samples/            step_00001000.png … picture grids

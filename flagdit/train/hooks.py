@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from flagdit.train.folder import read_lines
 from flagdit.train.metrics import StepResult
 from flagdit.train.run import Run
 from flagdit.train.samples import SampleGrids
@@ -15,6 +16,16 @@ class Hook(Protocol):
     """Called after every step, good or bad, in the order of the list that `hooks_of` makes."""
 
     def after_step(self, run: Run, result: StepResult) -> None: ...
+
+
+@runtime_checkable
+class PatientHook(Hook, Protocol):
+    """One that changes nothing of the run and takes its time: where the run is asked to stop, it is not called, and the
+    next start makes up for it."""
+
+    def make_up(self, run: Run) -> None:
+        """Does what was due at `run.step`, from which the run continues, unless it is done."""
+        ...
 
 
 class LogMetrics:
@@ -30,6 +41,8 @@ class LogMetrics:
         run.display.advance(result.step)
         if result.bad is not None:
             run.display.note(f"step {result.step} skipped: {result.bad}; samples in {run.folder.ledger}")
+        if result.accident is not None:
+            run.display.note(f"step {result.step} was good at its second try only; at the first: {result.accident}")
         if due(result.step, run.recipe.train.log_every) or result.step == run.recipe.train.steps:
             line = run.meter.line(result, run.guard.bad_steps)
             run.log(line)
@@ -44,9 +57,18 @@ class Validate:
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if due(result.step, run.recipe.validation.every) or result.step == run.recipe.train.steps:
-            line = self._held_out.measure(run)
-            run.log(line)
-            run.display.note(f"step {result.step}  held-out loss {line['val_loss']:.4f} ({line['val_weights']})")
+            self._measure(run)
+
+    def make_up(self, run: Run) -> None:
+        lines = read_lines(run.folder.metrics) if run.folder.metrics.exists() else []
+        done = any(line["step"] == run.step and "val_loss" in line for line in lines)
+        if due(run.step, run.recipe.validation.every) and not run.engine.mesh.from_first(done):
+            self._measure(run)
+
+    def _measure(self, run: Run) -> None:
+        line = self._held_out.measure(run)
+        run.log(line)
+        run.display.note(f"step {run.step}  held-out loss {line['val_loss']:.4f} ({line['val_weights']})")
 
 
 class Sample:
@@ -57,10 +79,18 @@ class Sample:
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if due(result.step, run.recipe.sample.every) or result.step == run.recipe.train.steps:
-            file = self._grids.draw(run)
-            run.display.note(f"step {result.step}  samples in {file}")
-            if run.wandb:
-                run.wandb.picture(file, result.step, caption=" · ".join(run.recipe.sample.prompts))
+            self._draw(run)
+
+    def make_up(self, run: Run) -> None:
+        done = run.engine.mesh.from_first(run.folder.sample_grid(run.step).exists())
+        if due(run.step, run.recipe.sample.every) and not done:
+            self._draw(run)
+
+    def _draw(self, run: Run) -> None:
+        file = self._grids.draw(run)
+        run.display.note(f"step {run.step}  samples in {file}")
+        if run.wandb:
+            run.wandb.picture(file, run.step, caption=" · ".join(run.recipe.sample.prompts))
 
 
 class SaveCheckpoint:
@@ -85,4 +115,4 @@ class SaveCheckpoint:
 
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens now; 0: never."""
-    return every > 0 and step % every == 0
+    return every > 0 and step > 0 and step % every == 0

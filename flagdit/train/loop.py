@@ -20,7 +20,7 @@ from flagdit.parallel.mesh import Launch, ParallelContext, check_mesh, mesh_of
 from flagdit.train.display import SilentDisplay, display_for, quantity
 from flagdit.train.environment import describe
 from flagdit.train.folder import RunFolder, read_lines, write_lines
-from flagdit.train.hooks import Hook, LogMetrics, Sample, SaveCheckpoint, Validate
+from flagdit.train.hooks import Hook, LogMetrics, PatientHook, Sample, SaveCheckpoint, Validate
 from flagdit.train.report import write_report
 from flagdit.train.run import Run, build
 from flagdit.train.signals import Stop, stop_on_signals
@@ -35,7 +35,8 @@ def train(recipe: Recipe) -> Path:
 
     Started by torchrun, or with its environment variables, this process is one rank of a mesh (`recipe.parallel`).
 
-    SIGINT, SIGTERM and SIGUSR1 let the current step end and save it; a second signal leaves at once.
+    SIGINT, SIGTERM and SIGUSR1 let the current step end and save it, within `checkpoint.grace` seconds; a second signal
+    leaves at once.
 
     Returns:
         The run folder.
@@ -50,10 +51,10 @@ def train(recipe: Recipe) -> Path:
     check_mesh(replace(recipe, model=resolve(recipe.model)), Launch.from_environment().world)
     folder = RunFolder(Path(recipe.run_dir) / recipe.name)
     with (
+        stop_on_signals(recipe.checkpoint.grace) as stop,
         mesh_of(recipe, device_of(recipe)) as mesh,
         folder.locked() if mesh.is_first else contextlib.nullcontext(),
         torch_settings(recipe),
-        stop_on_signals() as stop,
     ):
         run_on(mesh, recipe, folder, stop)
     return folder.path
@@ -96,25 +97,48 @@ def latest_checkpoint(run: Run) -> store.Checkpoint | None:
 
 def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
     """Steps until the run is done or somebody stops it."""
-    mesh = run.engine.mesh
+    mesh, steps = run.engine.mesh, run.recipe.train.steps
     slow = Stragglers(run)
-    since = time.perf_counter()
     with Watchdog(run.folder.path / "hang", mesh.rank, mesh.world, hang_seconds(run)) as watchdog:
+        for hook in hooks:
+            if isinstance(hook, PatientHook):
+                hook.make_up(run)
+        watchdog.beat(run.step, "data")
+        since = time.perf_counter()
         for batches in loader:
             slow.waited(time.perf_counter() - since)
             watchdog.beat(run.step, "step")
             run.guard.unreadable(unreadable(run, loader), run.display.note)
             result = take_step(run, batches, since)
-            watchdog.beat(run.step, "hooks")
-            for hook in [*hooks, slow]:
-                hook.after_step(run, result)
-            if run.step == run.recipe.train.steps:
-                return
+            if result.bad and run.recipe.guard.policy == "rollback":
+                go_back(run, loader, result.bad)
             # A signal reaches the ranks at different moments; they leave after the same step.
-            if number := mesh.largest(stop.signal or 0):
+            number = mesh.largest(stop.signal or 0) if run.step < steps else 0
+            for hook in [*hooks, slow]:
+                watchdog.beat(run.step, "hooks")
+                if not (number and isinstance(hook, PatientHook)):
+                    hook.after_step(run, result)
+            if run.step == steps:
+                return
+            if number:
                 leave(run, hooks, number)
             since = time.perf_counter()
             watchdog.beat(run.step, "data")
+
+
+def go_back(run: Run, loader: Loader, why: str) -> None:
+    """After a bad step: back to the newest checkpoint and on with the next batch, so that all batches since are left
+    out, as in the training of PaLM (arXiv 2204.02311, section 5.1)."""
+    saved = latest_checkpoint(run)
+    if saved is None:
+        run.display.note(f"step {run.step}: {why}; no checkpoint to return to yet, so its batch alone is left out")
+        return
+    run.take_weights(saved)
+    left_out = {k + 1: loader.ids_of(k) for k in range(saved.step, run.step)}
+    run.guard.returned(run.step, saved.step, left_out, saved.state["guard"]["recent"])
+    run.display.note(
+        f"step {run.step}: {why}; back to the checkpoint of step {saved.step}, and the batches since are left out"
+    )
 
 
 def hang_seconds(run: Run) -> float:

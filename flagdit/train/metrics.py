@@ -23,7 +23,8 @@ class StepResult:
         samples, tokens: of the global batch.
         flops: forward and backward, of the model alone.
         seconds: waiting for data, computing and updating; not the hooks.
-        bad: why the step was skipped; None for a good one.
+        bad: why the step was left out; None for a good one.
+        accident: what was wrong with a good step at its first try; None where nothing was.
         ema_seconds: time that the averages took; None where it was not measured.
     """
 
@@ -36,6 +37,7 @@ class StepResult:
     flops: float
     seconds: float
     bad: str | None = None
+    accident: str | None = None
     ema_seconds: float | None = None
 
 

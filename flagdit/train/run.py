@@ -126,11 +126,15 @@ class Run:
                 where=str(self.folder.path),
                 fix="Give the folder of that data set, or give the new run another name with name=….",
             )
-        self.engine.load(checkpoint.tensors)
-        self.emas.load(checkpoint.tensors, self.engine.take)
+        self.take_weights(checkpoint)
         self.guard.load(checkpoint.state["guard"])
         self.meter.load(checkpoint.state["meter"])
         self.step = checkpoint.state["batch"]
+
+    def take_weights(self, checkpoint: store.Checkpoint) -> None:
+        """Weights, moments and averages of a checkpoint of this run; counters stay."""
+        self.engine.load(checkpoint.tensors)
+        self.emas.load(checkpoint.tensors, self.engine.take)
 
 
 def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelContext) -> Run:

@@ -18,7 +18,7 @@ from flagdit.flow.objective import drop_conditions
 from flagdit.flow.path import PathSample, draw_path
 from flagdit.flow.timesteps import draw_timesteps
 from flagdit.model.flops import training_flops
-from flagdit.train.guard import rows_of
+from flagdit.train.guard import Attempt, rows_of
 from flagdit.train.metrics import StepResult
 from flagdit.train.run import Run
 from flagdit.train.schedule import learning_rate
@@ -33,13 +33,53 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
         since: `time.perf_counter()` when the wait for the batches began.
 
     Raises:
-        TrainingError: too many bad steps in a row.
+        TrainingError: too many bad steps in a row, or `guard.policy=stop`.
     """
     recipe, engine = run.recipe, run.engine
     lr = learning_rate(run.step, recipe.optimizer, recipe.train.steps)
     sizes = engine.total_samples(torch.tensor([size_of(run, batch) for batch in batches], dtype=torch.float64).sum(0))
     count, samples, tokens, flops = sizes.tolist()
 
+    first = attempt(run, batches, count)
+    again = None
+    if first.bad and count and recipe.guard.replay:
+        engine.discard()
+        again = attempt(run, batches, count)
+    tried = again or first
+    ema_seconds = None
+    if tried.bad is None:
+        engine.step(lr)
+        ema_seconds = update_averages(run)
+        run.guard.accept(tried.loss)
+        if first.bad:
+            run.guard.forgive(run.step + 1, first, tried)
+    else:
+        engine.discard()
+        run.guard.reject(run.step + 1, first, again)
+    run.step += 1
+    return StepResult(
+        step=run.step,
+        loss=tried.loss,
+        grad_norm=tried.grad_norm,
+        lr=lr,
+        samples=int(samples),
+        tokens=int(tokens),
+        flops=flops,
+        seconds=time.perf_counter() - since,
+        bad=tried.bad,
+        accident=first.bad if tried.bad is None else None,
+        ema_seconds=ema_seconds,
+    )
+
+
+def attempt(run: Run, batches: Sequence[PackedBatch], count: float) -> Attempt:
+    """Forward and backward of a global batch, and the guard's verdict, which all ranks share: whatever one of them
+    alone finds wrong, none applies.
+
+    Args:
+        count: denominator of the mean loss, over all ranks.
+    """
+    engine, mesh = run.engine, run.engine.mesh
     total = torch.zeros((), device=engine.device)
     per_sample: list[Tensor] = []
     for i, batch in enumerate(batches):
@@ -47,29 +87,17 @@ def take_step(run: Run, batches: Sequence[PackedBatch], since: float) -> StepRes
         engine.backward(loss.total, last=i == len(batches) - 1)
         total += loss.total.detach()
         per_sample.append(loss.per_sample_S)
-
     mean, norm = torch.stack([engine.total(total), engine.grad_norm().to(total)]).tolist()
-    ema_seconds = None
     bad = run.guard.verdict(mean, norm) if count else "no sample of the batch can be read"
-    if bad is None:
-        engine.step(lr)
-        ema_seconds = update_averages(run)
-        run.guard.accept()
-    else:
-        engine.discard()
-        run.guard.reject(run.step + 1, bad, mean, norm, everywhere(run, batches, per_sample))
-    run.step += 1
-    return StepResult(
-        step=run.step,
-        loss=mean,
-        grad_norm=norm,
-        lr=lr,
-        samples=int(samples),
-        tokens=int(tokens),
-        flops=flops,
-        seconds=time.perf_counter() - since,
-        bad=bad,
-        ema_seconds=ema_seconds,
+    if not mesh.largest(int(bad is not None)):
+        return Attempt(mean, norm)
+    rows = everywhere(run, batches, per_sample)
+    return Attempt(
+        mean,
+        norm,
+        bad=next(reason for reason in mesh.from_all(bad) if reason),
+        samples=[row for found in rows for row in found],
+        ranks=[rank for rank, found in enumerate(rows) if any(isinstance(row["loss"], str) for row in found)],
     )
 
 
@@ -92,12 +120,11 @@ def size_of(run: Run, batch: PackedBatch) -> tuple[float, float, float, float]:
     return run.objective.count(batch), len(batch.segments), batch.layout.num_tokens, flops
 
 
-def everywhere(run: Run, batches: Sequence[PackedBatch], per_sample: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Every sample of a step with its loss, from all ranks."""
+def everywhere(run: Run, batches: Sequence[PackedBatch], per_sample: Sequence[Tensor]) -> list[list[dict[str, Any]]]:
+    """Every sample of a step with its loss, by the rank that speaks for its pack."""
     mesh = run.engine.mesh
     sums = [mesh.sum_tokens(loss_S).tolist() for loss_S in per_sample]
-    rows = rows_of(batches, sums) if mesh.holds_first_tokens else []
-    return [row for found in mesh.from_all(rows) for row in found]
+    return mesh.from_all(rows_of(batches, sums) if mesh.holds_first_tokens else [])
 
 
 def draw(run: Run, batch: PackedBatch) -> tuple[PackedBatch, PathSample]:

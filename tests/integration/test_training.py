@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from flagdit.batch import PackedBatch
 from flagdit.checkpoint import store
 from flagdit.config.load import load_recipe
 from flagdit.data_pipelines.encode import encode_dataset
@@ -24,7 +23,6 @@ from flagdit.parallel.mesh import ParallelContext
 from flagdit.train import step as step_module
 from flagdit.train.display import PlainDisplay
 from flagdit.train.folder import RunFolder
-from flagdit.train.guard import TrainingError
 from flagdit.train.loop import train
 from flagdit.train.run import build
 
@@ -146,52 +144,6 @@ def test_grids_are_drawn_from_the_average_that_the_recipe_names(tiny):
         found[ema] = grid([to_image(x) for x in pixels], columns=8, zoom=16).tobytes()
     assert drawn == found[1] and found[1] not in (found[0], found[-1])
     assert json.loads((folder / "samples" / "step_00000006.json").read_text())["weights"] == "ema_0.5"
-
-
-def spoil(monkeypatch, sample_id: int, epochs: set[int]) -> None:
-    """Makes one sample's noised patches NaN in some epochs."""
-    honest = step_module.draw_path
-
-    def draw(batch: PackedBatch, *rest):
-        path = honest(batch, *rest)
-        for i, segment in enumerate(batch.segments):
-            if segment.sample_id == sample_id and segment.epoch in epochs:
-                path.x_t["image"][batch.layout.patch_segment["image"] == i] = math.nan
-        return path
-
-    monkeypatch.setattr(step_module, "draw_path", draw)
-
-
-def test_a_bad_step_touches_nothing_and_is_written_down(tiny, monkeypatch, capsys):
-    recipe = tiny(checkpoint__every=1, train__steps=6, train__accumulation=2)
-    bad_step = 3
-    victim = next(build_loader(recipe, bad_step - 1))[1].segments[0]
-    spoil(monkeypatch, victim.sample_id, {0})
-    folder = train(recipe)
-
-    before, after, last = (tensors(folder, step) for step in (bad_step - 1, bad_step, 6))
-    assert same(before, after) and not same(after, last)
-    assert all(t.isfinite().all() for t in last.values())
-    (entry,) = lines(folder / "ledger.jsonl")
-    assert entry["step"] == bad_step and entry["reason"] == "loss is nan" and entry["suspects"] == [victim.sample_id]
-    assert {s["key"] for s in entry["samples"]} == {
-        s.key for batch in next(build_loader(recipe, bad_step - 1)) for s in batch.segments
-    }
-    logged = lines(folder / "metrics.jsonl")
-    assert logged[bad_step - 1]["loss"] is None and [line["bad_steps"] for line in logged] == [0, 0, 1, 1, 1, 1]
-    assert f"step {bad_step} skipped: loss is nan" in capsys.readouterr().out
-    assert "loss is nan" in (folder / "report.html").read_text()
-
-
-def test_too_many_bad_steps_stop_the_run_and_save_nothing(tiny):
-    recipe = tiny(guard__max_grad_norm=1e-9, guard__max_consecutive=3, checkpoint__every=4)
-    with pytest.raises(TrainingError, match=r"3 bad steps in a row up to step 3.*guard\.max_grad_norm=1e-09"):
-        train(recipe)
-    folder = Path(recipe.run_dir) / "tiny"
-    assert store.complete(folder) == [] and len(lines(folder / "ledger.jsonl")) == 3
-    # The guard may be set otherwise; the same run then goes on.
-    train(tiny(guard__max_grad_norm=0))
-    assert len(tensors(folder, 6)) and lines(folder / "ledger.jsonl") == []
 
 
 def test_one_batch_is_learnt_by_heart(tiny):

@@ -108,7 +108,7 @@ def test_references_to_other_keys_and_the_environment(write, monkeypatch):
         ("train: {seed: 1}", "unknown key train.seed; did you mean seed?"),
         ("train: {ema_decay: [0.9]}", "unknown key train.ema_decay; did you mean train.ema_decays?"),
         ("qqq: 1", "unknown key qqq; recipes have name, run_dir, seed, model"),
-        ("guard: {qqq: 1}", "unknown key guard.qqq; guard has max_grad_norm, max_consecutive"),
+        ("guard: {zzzzzzzzz: 1}", "unknown key guard.zzzzzzzzz; guard has max_grad_norm, spike"),
     ],
 )
 def test_unknown_keys_are_told_with_what_was_meant(write, text, meant):
