@@ -99,7 +99,7 @@ def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
     """Steps until the run is done or somebody stops it."""
     mesh, steps = run.engine.mesh, run.recipe.train.steps
     slow = Stragglers(run)
-    with Watchdog(run.folder.path / "hang", mesh.rank, mesh.world, hang_seconds(run)) as watchdog:
+    with Watchdog(run.folder.path / "hang", mesh.rank, mesh.world, hang_seconds(run), run.model) as watchdog:
         for hook in hooks:
             if isinstance(hook, PatientHook):
                 hook.make_up(run)
@@ -115,12 +115,13 @@ def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
             # A signal reaches the ranks at different moments; they leave after the same step.
             number = mesh.largest(stop.signal or 0) if run.step < steps else 0
             for hook in [*hooks, slow]:
-                watchdog.beat(run.step, "hooks")
+                watchdog.beat(run.step, "save" if isinstance(hook, SaveCheckpoint) else "hooks")
                 if not (number and isinstance(hook, PatientHook)):
                     hook.after_step(run, result)
             if run.step == steps:
                 return
             if number:
+                watchdog.beat(run.step, "save")
                 leave(run, hooks, number)
             since = time.perf_counter()
             watchdog.beat(run.step, "data")

@@ -1,8 +1,12 @@
 """A run that hangs: find out which rank is stuck, show what everybody is doing, and end the processes.
 
-In a hang nearly every rank waits in a collective for one that does not come. Each rank's watchdog thread notices that
-its own training thread has not moved for too long, writes down where that thread is, and reads what the others wrote.
-The rank that is furthest behind, and not itself waiting, is the one; or the one that writes nothing.
+In a hang nearly every rank waits in a collective for one that does not come. Each rank's watchdog thread looks at its
+training thread every second. Long is not stuck: another phase, another Python line or another forward of the model is
+movement, so that compiling, validating and drawing pictures may take as long as they take. The first step and saving
+get several times as long, since there a single native call may last for minutes: a compiler, a write.
+
+The first watchdog that sees no movement asks, and every rank writes down where it is. The rank that is furthest behind,
+and not itself waiting, is the one; or the one that writes nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +21,20 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 HANGING = 79
 """Exit code of a process that its watchdog ended."""
 EXCHANGE = 10.0
 """Seconds that the ranks give each other to write down where they are."""
+LOOK = 1.0
+"""Seconds between two looks at the training thread."""
+PATIENCE = 4.0
+"""Times as long as usual that phases with long native calls may stand still."""
 WAITING_IN = ("torch/distributed/", "megatron/core/", "deepspeed/comm/")
 
 
@@ -31,7 +44,7 @@ class Place:
 
     Attributes:
         step: optimizer steps done.
-        phase: the last thing it told: data, step or hooks.
+        phase: the last thing it told: data, step, hooks or save.
         waiting: in a collective, for the others.
         line: file and line of its own code.
     """
@@ -50,15 +63,21 @@ class Watchdog:
     Args:
         folder: where ranks exchange their places; shared by all.
         rank, world: of this process.
-        seconds: without a `beat` after which the run counts as hanging; 0: never.
+        seconds: without any movement after which the run counts as hanging; 0: never.
+        model: every forward of it is movement.
     """
 
-    PHASES = ("data", "step", "hooks")
+    PHASES = ("data", "step", "hooks", "save")
 
-    def __init__(self, folder: Path, rank: int, world: int, seconds: float):
+    def __init__(self, folder: Path, rank: int, world: int, seconds: float, model: nn.Module | None = None):
         self._folder, self._rank, self._world, self._seconds = folder, rank, world, seconds
+        self._model = model
         self._owner = threading.get_ident()
-        self._beat = (time.monotonic(), 0, self.PHASES[0])
+        self._beat = (0, self.PHASES[0])
+        self._steps = 0
+        self._moved = time.monotonic()
+        self._answered = time.time()
+        self._forwards: RemovableHandle | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -66,26 +85,56 @@ class Watchdog:
         if self._seconds:
             self._write("started")  # so that the others know the host of a rank that freezes
             self._thread.start()
+            if self._model is not None:
+                self._forwards = self._model.register_forward_pre_hook(self._forward)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
+        if self._forwards is not None:
+            self._forwards.remove()
 
     def beat(self, step: int, phase: str) -> None:
         """The training thread begins `phase` with so many steps done."""
         assert phase in self.PHASES
-        self._beat = (time.monotonic(), step, phase)
+        self._steps += phase == "data"
+        self._moved = time.monotonic()
+        self._beat = (step, phase)
+
+    def _forward(self, *_: object) -> None:
+        self._moved = time.monotonic()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(self._seconds / 10, 1.0)):
-            if time.monotonic() - self._beat[0] > self._seconds:
+        place: object = None
+        while not self._ended.wait(min(self._seconds / 10, LOOK)):
+            before, place = place, (self._beat, _stack(self._owner))
+            if place != before:
+                self._moved = time.monotonic()
+            if time.monotonic() - self._moved > self._patience():
                 self._report()
                 # Not sys.exit: the training thread would never come back to it.
                 os._exit(HANGING)
+            if (asked := self._asked()) > self._answered:
+                self._answered = asked
+                self._write("hangs")
+
+    def _patience(self) -> float:
+        """Seconds that the training thread may stand still where it is. Who waits for others is not the one that
+        compiles or writes."""
+        own = not is_waiting(sys._current_frames().get(self._owner))
+        long = self._steps < 2 or self._beat[1] == "save"
+        return self._seconds * (PATIENCE if own and long else 1.0)
+
+    def _asked(self) -> float:
+        """When a rank last asked where the others are; 0: never."""
+        try:
+            return (self._folder / "asked").stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _write(self, name: str) -> None:
         frame = sys._current_frames().get(self._owner)
-        _, step, phase = self._beat
+        step, phase = self._beat
         place = Place(self._rank, socket.gethostname(), step, phase, is_waiting(frame), own_line(frame))
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{name}_{self._rank}.json"
@@ -94,8 +143,9 @@ class Watchdog:
         os.replace(staged, file)
 
     def _report(self) -> None:
-        _, step, phase = self._beat
+        step, phase = self._beat
         self._write("hangs")
+        (self._folder / "asked").touch()
         print(f"rank {self._rank} has not moved for {self._seconds:g} s: step {step}, {phase}", file=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         places = self._everyone()
@@ -147,9 +197,19 @@ def told(culprit: Place | None, places: list[Place]) -> str:
     if culprit is not None:
         return (
             f"the run hangs: rank {culprit.rank} on {culprit.host} is stuck at {culprit.line} "
-            f"(step {culprit.step}, {culprit.phase}), the other ranks wait for it"
+            f"(step {culprit.step}, {culprit.phase}), the other ranks wait for it; if that only takes long, raise "
+            "parallel.timeout"
         )
     return f"the run hangs at {places[0].line}, and no rank stands out; each rank's log has its stacks"
+
+
+def _stack(thread: int) -> tuple[tuple[object, int], ...]:
+    """Where a thread is, instruction by instruction: two looks that agree have seen no movement."""
+    frame, found = sys._current_frames().get(thread), []
+    while frame is not None:
+        found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
 
 
 def is_waiting(frame: FrameType | None) -> bool:

@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 
+from torch import nn
+
 from flagdit.train.watchdog import HANGING, Place, Watchdog, stuck, told
 
 RANK = """
@@ -18,24 +20,35 @@ sys.path.insert(0, str(folder))
 def training_code():
     time.sleep(60)
 
-with watchdog.Watchdog(folder / "hang", rank, 2, 1.0) as dog:
+with watchdog.Watchdog(folder / "hang", rank, 2, 100.0 if mode == "moves" else 1.0) as dog:
+    dog.beat(6, "data")
+    dog.beat(7, "data")
     dog.beat(7, "step")
     if mode == "waits":
         from torch_stand_in.torch.distributed import collective
         collective.wait()
     elif mode == "works":
         training_code()
+    elif mode == "moves":
+        class Model:
+            def register_forward_pre_hook(self, hook):
+                self.forward = hook
+        model = Model()
+        with watchdog.Watchdog(folder / "hang", rank, 2, 1.0, model) as dog:
+            while True:
+                model.forward(model, ())
+                time.sleep(0.1)
     elif mode == "dies":
         import os
         os.kill(os.getpid(), 19)  # SIGSTOP: a frozen process
 """
 
 
-def run_ranks(tmp_path, *modes, environment=None):
+def ranks_of(tmp_path, *modes, environment=None):
     package = tmp_path / "torch_stand_in" / "torch" / "distributed"
     package.mkdir(parents=True)
     (package / "collective.py").write_text("import time\ndef wait():\n    time.sleep(60)\n")
-    ranks = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), str(tmp_path), mode],
             stderr=subprocess.PIPE,
@@ -44,7 +57,11 @@ def run_ranks(tmp_path, *modes, environment=None):
         )
         for rank, mode in enumerate(modes)
     ]
+
+
+def run_ranks(tmp_path, *modes, environment=None):
     said = []
+    ranks = ranks_of(tmp_path, *modes, environment=environment)
     for process, mode in zip(ranks, modes, strict=True):
         if mode == "dies":
             continue
@@ -85,6 +102,57 @@ def test_the_one_that_is_furthest_behind_is_it():
     assert stuck([*ahead, at(1, 7, "hooks", True)], []).rank == 1
     assert stuck([*ahead, at(1, 8, "step", True)], []) is None
     assert "no rank stands out" in told(None, ahead)
+
+
+def test_whoever_is_asked_tells_where_it_is_though_it_has_moved_itself(tmp_path):
+    """Its model runs, so that its own watchdog sees no hang."""
+    waiting, moving = ranks_of(tmp_path, "waits", "moves")
+    said = waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == HANGING and moving.poll() is None
+    moving.kill()
+    moving.wait()
+    assert "rank 1 on" in said and "<string>" in said and "says nothing" not in said
+
+
+LONG = """
+import sys, time
+from pathlib import Path
+from flagdit.train import watchdog
+
+native = time.sleep  # one call outside Python, as of a compiler or of a write
+
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 2, 0.6) as dog:
+    dog.beat(0, "data")
+    dog.beat(0, "step")
+    native(1.4)
+    dog.beat(1, "hooks")
+    end = time.monotonic() + 1.4
+    while time.monotonic() < end:
+        time.sleep(0.01)
+        time.sleep(0.01)
+        time.sleep(0.01)
+    dog.beat(1, "save")
+    native(1.4)
+    dog.beat(1, "data")
+    dog.beat(1, "step")
+    if sys.argv[2] == "stuck":
+        watchdog.EXCHANGE = 0.5
+        native(60)
+"""
+
+
+def test_what_takes_long_is_not_ended_and_what_is_stuck_is(tmp_path):
+    """A first step and a save of one native call each, a hook of many Python lines; then a step that does not end."""
+    for mode, code in (("sound", 0), ("stuck", HANGING)):
+        done = subprocess.run([sys.executable, "-c", LONG, str(tmp_path), mode], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+
+
+def test_the_hook_on_the_model_goes_with_the_watchdog(tmp_path):
+    model = nn.Identity()
+    with Watchdog(tmp_path, 0, 2, 60.0, model):
+        assert len(model._forward_pre_hooks) == 1
+    assert not model._forward_pre_hooks
 
 
 def test_a_run_that_moves_is_left_alone(tmp_path):
