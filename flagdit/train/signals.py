@@ -22,6 +22,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO = 5.0
 """Seconds in which further signals are the first one's echo: a scheduler that preempts a job sends several at once. Not
 so Ctrl-C, which a person types."""
+END = 0
+"""No signal: tells the listening thread to end."""
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -46,16 +48,15 @@ class Stop:
             self.signal = number
 
     def listen(self, pipe: int) -> None:
-        """The thread: reads signal numbers as they come, until the pipe is closed."""
+        """The thread: reads signal numbers as they come, until END."""
         first, since = 0, 0.0
         while True:
             left = since + self._seconds - time.monotonic() if first and self._seconds else None
             if not select.select([pipe], [], [], None if left is None else max(left, 0))[0]:
                 _leave(first, f"not saved within checkpoint.grace={self._seconds:g} s; the last checkpoint stands")
-            numbers = os.read(pipe, 1)
-            if not numbers:
+            number = os.read(pipe, 1)[0]
+            if number == END:
                 return
-            number = numbers[0]
             if number not in STOPPING:
                 continue
             if first and (number == signal.SIGINT or time.monotonic() - since > ECHO):
@@ -90,8 +91,9 @@ def stop_on_signals(seconds: float = 0) -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(heard)
-        os.close(write)
+        os.write(write, bytes([END]))  # closing would not do: loader workers have inherited it
         listener.join()
+        os.close(write)
         os.close(read)
 
 

@@ -19,6 +19,8 @@ from flagdit.launch import scheduler
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NODES = 3
+PATIENCE = 120.0
+"""Seconds that anything a test waits for may take."""
 TINY = {
     "model": "{dim: 16, num_layers: 2, num_heads: 2, ffn_dim: 32, cond_dim: 16, text_dim: 0}",
     "data.batch_size": 8,
@@ -27,6 +29,7 @@ TINY = {
     "train.device": "cpu",
     "sample.size": "8x8",
     "checkpoint.keep": 0,
+    "checkpoint.grace": 20,
     "cluster.time": "00:20:00",
     "cluster.signal": 30,
     "cluster.cpus_per_rank": 1,
@@ -55,7 +58,7 @@ class Cluster:
         done = subprocess.run(["bash", SCRIPT, self.folder, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def wait(self, what, seconds: float = 600.0):
+    def wait(self, what, seconds: float = PATIENCE):
         """Waits until `what()` is true and returns it."""
         end = time.monotonic() + seconds
         while not (found := what()):
@@ -63,7 +66,7 @@ class Cluster:
             time.sleep(0.2)
         return found
 
-    def ended(self, job: str, seconds: float = 600.0) -> dict[str, str]:
+    def ended(self, job: str, seconds: float = PATIENCE) -> dict[str, str]:
         """A job's facts, once it is over."""
         self.wait(lambda: scheduler.ended(scheduler.job(job)), seconds)
         return scheduler.job(job)
@@ -125,7 +128,7 @@ def recipe(data, tmp_path):
 def flagdit(*arguments: object) -> subprocess.CompletedProcess:
     """Runs the command in a process of its own."""
     line = [sys.executable, "-m", "flagdit.cli", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def events(run: Path) -> list[str]:

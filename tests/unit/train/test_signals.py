@@ -95,6 +95,16 @@ def test_a_signal_to_a_forked_child_is_not_its_parents():
         assert stop.signal is None
 
 
+def test_a_child_that_lives_on_does_not_hold_its_parent_back():
+    with stop_on_signals():
+        pid = os.fork()
+        if not pid:
+            time.sleep(60)
+            os._exit(0)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def test_handlers_come_back_and_threads_do_without():
     before = signal.getsignal(signal.SIGINT)
     running = threading.active_count()
