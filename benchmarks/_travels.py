@@ -179,12 +179,13 @@ def gradients(model: Shape, mesh: ParallelContext) -> Iterator[Item]:
 
 
 def update(model: Shape, mesh: ParallelContext) -> Iterator[Item]:
-    """What a step sends once: counts, loss, norm, and what ZeRO does at the end of it."""
+    """What a step sends once: counts, loss, norm, verdict, and what ZeRO does at the end of it."""
     if mesh.data.size > 1:
         yield "data", "all_reduce", 1, 4 * 8  # counts of samples, tokens, FLOPs and the loss's denominator
     if mesh.distinct.group is not None:
         yield ("world" if mesh.sequence else "shards"), "all_reduce", 1, 4  # loss
     yield "world", "all_reduce", 1, 4  # gradient norm
+    yield "world", "all_reduce", 1, 8  # the guard's verdict
     shards, stage = mesh.shards.size, model.recipe.parallel.zero
     groups = [[size for size, matrix in model.local if matrix is wanted] for wanted in (True, False)]
     if stage == 3:

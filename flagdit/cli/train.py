@@ -47,6 +47,21 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
+def wandb(run: RunFolder) -> None:
+    """Merge what all starts of a run have left for Weights & Biases into one offline run.
+
+    It is written from the run's own metrics and pictures, every step once; nothing is uploaded.
+
+    \b
+    Example:
+      flagdit wandb runs/quickstart
+    """
+    from flagdit.train.wandb_log import merge_offline
+
+    typer.echo(f"wandb sync {merge_offline(run)}")
+
+
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Where runs will be; its file system is measured.")] = Path("runs"),
 ) -> None:

@@ -113,14 +113,14 @@ def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
             if result.bad and run.recipe.guard.policy == "rollback":
                 go_back(run, loader, result.bad)
             # A signal reaches the ranks at different moments; they leave after the same step.
-            number = mesh.largest(stop.signal or 0) if run.step < steps else 0
+            number = 0 if run.step == steps else mesh.largest(stop.signal or 0)
             for hook in [*hooks, slow]:
                 watchdog.beat(run.step, "save" if isinstance(hook, SaveCheckpoint) else "hooks")
                 if not (number and isinstance(hook, PatientHook)):
                     hook.after_step(run, result)
             if run.step == steps:
                 return
-            if number:
+            if number := number or mesh.largest(stop.signal or 0):  # it may have come during a long hook
                 watchdog.beat(run.step, "save")
                 leave(run, hooks, number)
             since = time.perf_counter()

@@ -1,15 +1,20 @@
 """Twenty requeues of one run: one wandb run, every step once, the numbers of a run that nothing interrupted."""
 
+import json
 import os
 import signal
+import struct
+from pathlib import Path
 
 import pytest
 
 from flagdit.train import hooks
 from flagdit.train.folder import read_lines
 from flagdit.train.loop import train
+from flagdit.train.wandb_log import merge_offline
 
 REQUEUES = 20
+BLOCK = 32768
 
 
 @pytest.mark.slow
@@ -40,7 +45,42 @@ def test_twenty_requeues_are_one_run(tiny, tmp_path, monkeypatch):
     assert [line["loss"] for line in lines] == [line["loss"] for line in reference]
     starts = read_lines(run / "environment.jsonl")
     assert [start["step"] for start in starts] == list(range(0, steps, 2))
-    # Every start is an offline folder of its own; they carry one id, by which `wandb sync` makes them one run.
-    folders = list((run / "wandb").glob("offline-run-*"))
+    # Every start has left an offline folder of its own; they carry one id.
+    parts = sorted((run / "wandb").glob("offline-run-*"))
     run_id = (run / "wandb" / "run_id").read_text()
-    assert folders and all(run_id in folder.name.split("-") for folder in folders)
+    assert len(parts) >= REQUEUES and all(run_id in part.name.split("-") for part in parts)
+    assert all(len(history(part)) <= 2 for part in parts)
+
+    merged = merge_offline(run)
+    assert sorted((run / "wandb").glob("offline-run-*")) == [merged]
+    assert sorted(p.name for p in (run / "wandb" / "parts").iterdir()) == [part.name for part in parts]
+    expected = [(line["step"], line["loss"]) for line in reference]
+    assert [(row["step"], row["loss"]) for row in history(merged)] == expected
+    again = merge_offline(run)  # from the same metrics, so it is the same
+    assert run_id in again.name and [(row["step"], row["loss"]) for row in history(again)] == expected
+
+
+def history(folder: Path) -> list[dict]:
+    """What an offline folder would upload, in order: its log is LevelDB's, of 32 KiB blocks of records of wandb's
+    protobuf messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("run-*.wandb")
+    raw, at, message, rows = file.read_bytes(), 7, b"", []
+    assert raw[:4] == b":W&B"
+    while at + 7 <= len(raw):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
+        message += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record.FromString(message)
+            message = b""
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            if record.HasField("run"):
+                assert record.run.run_id in folder.name.split("-")
+    return rows
