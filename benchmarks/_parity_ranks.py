@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flagdit.batch import PackedBatch, PackedText, Segment
-from flagdit.config.schema import FlowConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recipe, TrainConfig
+from flagdit.config.schema import (
+    FlowConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    TrainConfig,
+)
+from flagdit.config.validate_start import LORA_TARGETS
 from flagdit.flow.objective import FlowMatching, drop_conditions
 from flagdit.flow.path import draw_path
 from flagdit.flow.timesteps import draw_timesteps
@@ -70,18 +80,20 @@ class Case:
     offload: bool = False
     checkpointing: str = ""
     kernels: str = "auto"
+    lora: bool = False
 
     @property
     def name(self) -> str:
         extras = [self.precision] * (self.precision != "fp32") + ["offload"] * self.offload
         extras += [self.checkpointing] if self.checkpointing else []
         extras += [self.kernels] if self.kernels != "auto" else []
+        extras += ["LoRA"] * self.lora
         return " ".join([self.model, self.mesh.name, f"ZeRO {self.zero}", f"×{self.accumulation}", *extras])
 
     @property
     def reference(self) -> Case:
         """The same in one process."""
-        return Case(Mesh(), self.model, accumulation=1, precision=self.precision)
+        return Case(Mesh(), self.model, accumulation=1, precision=self.precision, lora=self.lora)
 
     def recipe(self) -> Recipe:
         model = MODELS[self.model]
@@ -93,6 +105,7 @@ class Case:
             flow=FlowConfig(caption_dropout=0.3, shift=2.0, shift_tokens=16),
             # Adam divides by √v + eps: a large eps keeps it from enlarging rounding where gradients are nearly zero.
             optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, grad_clip=0.5),
+            lora=LoraConfig(rank=3, targets=list(LORA_TARGETS)) if self.lora else LoraConfig(),
             train=TrainConfig(accumulation=self.accumulation, precision=self.precision),
             parallel=ParallelConfig(
                 tensor=mesh.tensor,
@@ -120,7 +133,7 @@ def cases(world: int) -> list[Case]:
     """The lines of the table for that many ranks."""
     if world == 1:
         fp32 = [Case(Mesh(), model, accumulation=n) for model in MODELS for n in (1, 2)]
-        return [*fp32, Case(Mesh(), "flag", precision="bf16")]
+        return [*fp32, Case(Mesh(), "flag", precision="bf16"), *(Case(Mesh(), model, lora=True) for model in MODELS)]
     shapes = list(meshes(world))
     found = [Case(mesh, "flag", zero, accumulation) for mesh in shapes for zero in (1, 2, 3) for accumulation in (1, 2)]
     found += [Case(mesh, "next", zero, 2) for mesh in shapes for zero in ((1, 3) if world == 2 else (1,))]
@@ -131,6 +144,10 @@ def cases(world: int) -> list[Case]:
         found += [Case(mesh, "flag", zero, 1, checkpointing="selective") for zero in (1, 2)]
         places = (mesh, Mesh(context=2), Mesh(context=2, ring=2))
         found += [Case(place, model, kernels="triton") for place in places for model in MODELS]
+        found += [Case(place, "flag", zero, 2, lora=True) for place in (mesh, Mesh(context=2)) for zero in (1, 3)]
+        found += [Case(Mesh(tensor=2), "next", lora=True)]
+    else:
+        found += [Case(Mesh(tensor=2, sequence=True, data=2), model, 2, lora=True) for model in MODELS]
     return found
 
 
@@ -161,6 +178,12 @@ def randomize(engine: Engine, seed: int = 7) -> None:
     engine.load({"model": values, "optimizer": {**moments, "step": torch.zeros(())}})
 
 
+def random_value(name: str, shape: torch.Size) -> torch.Tensor:
+    """A frozen parameter: zero gates would hide what the adapters behind them do."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return 0.2 * torch.randn(shape, generator=generator) + ("norm" in name)
+
+
 def accumulate(engine: Engine, recipe: Recipe, batches: list[PackedBatch]) -> float:
     """The gradients of a global batch; its loss."""
     objective = FlowMatching(recipe.flow)
@@ -183,7 +206,7 @@ def run(case: Case, mesh: ParallelContext) -> tuple[dict[str, list[float]], dict
     Between the steps a batch is thrown away, and the model computes once with its averages: neither may leave a trace.
     """
     recipe = case.recipe()
-    _, engine = build_engine(recipe, mesh)
+    _, engine = build_engine(recipe, mesh, value=random_value if case.lora else None)
     randomize(engine)
     emas = Emas(engine.weights(), [0.5], warmup=False)
     numbers: dict[str, list[float]] = {"loss": [], "grad_norm": [], "ema_loss": []}

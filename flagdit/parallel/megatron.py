@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -48,11 +48,16 @@ class Layers:
         column_gather: the same with its outputs gathered; its gradient is summed on the way back where `sequence` says
             that the ranks go on with different tokens.
         row: inputs are split; the results are summed, and under `sequence` every rank keeps its own tokens.
+        enter: what every rank computed of its own tokens (without `sequence`: of all) → of all tokens, for layers that
+            split their outputs; its gradient is summed on the way back.
+        leave: sums over the ranks, of its own tokens for each under `sequence`.
     """
 
     column: Callable[[nn.Linear], nn.Module]
     column_gather: Callable[[nn.Linear], nn.Module]
     row: Callable[[nn.Linear], nn.Module]
+    enter: Callable[[Tensor], Tensor]
+    leave: Callable[[Tensor], Tensor]
 
 
 def layers(group: Any, sequence: bool) -> Layers:
@@ -69,11 +74,14 @@ def layers(group: Any, sequence: bool) -> Layers:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]
 
-    gather = (
-        mappings.all_gather_last_dim_from_tensor_parallel_region
-        if sequence
-        else mappings.gather_from_tensor_model_parallel_region
-    )
+    if sequence:
+        gather = mappings.all_gather_last_dim_from_tensor_parallel_region
+        enter = mappings.gather_from_sequence_parallel_region
+        leave = mappings.reduce_scatter_to_sequence_parallel_region
+    else:
+        gather = mappings.gather_from_tensor_model_parallel_region
+        enter = mappings.copy_to_tensor_model_parallel_region
+        leave = mappings.reduce_from_tensor_model_parallel_region
 
     class ColumnGather(Column):
         def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +111,8 @@ def layers(group: Any, sequence: bool) -> Layers:
         column=lambda linear: make(Column, linear, False, disable_grad_reduce=True),
         column_gather=lambda linear: make(ColumnGather, linear, False, disable_grad_reduce=True),
         row=row,
+        enter=partial(enter, group=group),
+        leave=partial(leave, group=group),
     )
 
 

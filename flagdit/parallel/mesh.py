@@ -180,12 +180,6 @@ def mesh_problems(recipe: Recipe, world: int) -> Iterator[Problem]:
             f"divide the {world} ranks of the run; {fitting} ranks, or change the mesh",
         )
         return
-    if recipe.lora.rank and world > 1:
-        yield Problem(
-            ("lora.rank",),
-            f"lora.rank={recipe.lora.rank} trains adapters in one process for now, not on {world} ranks; start one "
-            "rank, or set lora.rank=0",
-        )
     data, parts = world // shared, recipe.train.accumulation
     if recipe.data.batch_size % (data * parts):
         near = nearest_values(recipe.data.batch_size, [data * parts * n for n in range(1, recipe.data.batch_size + 2)])

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flagdit.parallel import megatron
+from flagdit.parallel.adapters import split_adapter
 from flagdit.parallel.mesh import Axis, ParallelContext
 
 KINDS = ("column", "row", "column_gather", "heads", "qk_norm", "feeds_split")
@@ -75,12 +76,19 @@ def split_model(model: nn.Module, plan: Mapping[str, str], mesh: ParallelContext
     linear = {"column": layers.column, "column_gather": layers.column_gather, "row": layers.row}
     splits: dict[str, Split] = {}
     partial: set[str] = set()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    projected = {f"{parent}.{name}" for parent, m in model.named_modules() for name in getattr(m, "projected", ())}
     for name, module in list(model.named_modules()):
         kind = _kind(name, plan)
         if kind in linear:
             assert isinstance(module, nn.Linear)
-            _replace(model, name, linear[kind](module))
+            split = linear[kind](module)
+            _replace(model, name, split)
             splits |= {f"{name}.weight": Split(1 if kind == "row" else 0), f"{name}.bias": Split(0)}
+            if hasattr(module, "lora_a"):
+                split_adapter(split, module, kind, name in projected, layers)
+                splits |= {f"{name}.lora_a.weight": Split(1)} if kind == "row" else {f"{name}.lora_b.weight": Split(0)}
+                partial |= {f"{name}.lora_a.weight"} if kind == "column" and name not in projected else set()
         elif kind == "qk_norm" and getattr(module, "kind", None) == "layer":
             _replace(model, name, SplitLayerNorm(module, axis))
             splits |= {f"{name}.weight": Split(0), f"{name}.bias": Split(0)}
@@ -92,6 +100,8 @@ def split_model(model: nn.Module, plan: Mapping[str, str], mesh: ParallelContext
         if _kind(name, plan) == "heads":
             _replace(model, name, nn.Parameter(p.new_empty(p.shape[0] // axis.size)))
             splits[name] = Split(0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
     found = {name: splits.get(name, Split()) for name, _ in model.named_parameters()}
     whole = {name for name, split in found.items() if split.dim is None}
     return Layout(found, frozenset(whole if mesh.sequence else whole & partial))
@@ -113,10 +123,11 @@ def materialize(
     for name, empty in list(model.named_parameters()):
         split = layout.splits[name]
         whole = value(name, split.whole_shape(empty.shape, mesh.tensor))
-        p = nn.Parameter(split.part(whole, mesh.tensor).to(mesh.device, dtype, copy=True).contiguous())
+        part = split.part(whole, mesh.tensor).to(mesh.device, dtype, copy=True).contiguous()
+        p = nn.Parameter(part, requires_grad=empty.requires_grad)
         # megatron-core's mark, read when gradients are counted over the tensor axis.
         p.tensor_model_parallel = split.dim is not None  # type: ignore[attr-defined]
-        if name in layout.partial:
+        if name in layout.partial and p.requires_grad:
             p.register_hook(SumGradient(mesh.tensor))
         _replace(model, name, p)
 
@@ -155,7 +166,9 @@ class Projection:
 
     def __call__(self, x_tE: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         """(t, E) → (T, O) for each linear."""
-        return _Projection.apply(x_tE, self.axis, self.sequence, *(linear.weight for linear in linears))
+        found = _Projection.apply(x_tE, self.axis, self.sequence, *(linear.weight for linear in linears))
+        adapters = [getattr(linear, "adapter", None) for linear in linears]
+        return tuple(y if adapter is None else y + adapter(x_tE) for y, adapter in zip(found, adapters, strict=True))
 
 
 class _Projection(torch.autograd.Function):
@@ -184,7 +197,9 @@ class _Projection(torch.autograd.Function):
         else:
             dx_tE = dx_TE
             reducing = dist.all_reduce(dx_tE, group=axis.group, async_op=True)
-        dweights = [grad.T @ x_TE for grad in grads]
+        # Weights under adapters take none.
+        wanted = ctx.needs_input_grad[3:]
+        dweights = [grad.T @ x_TE if want else None for grad, want in zip(grads, wanted, strict=True)]
         reducing.wait()
         return dx_tE, None, None, *dweights
 

@@ -49,7 +49,8 @@ class ZeroEngine:
     """Weights, gradients and optimizer state over a mesh, with torch's AdamW.
 
     Args:
-        model: split over the tensor axis, in its compute dtype, on this rank's device.
+        model: split over the tensor axis, in its compute dtype, on this rank's device. What takes no gradient stays as
+            it is: no state, no part in checkpoints.
         layout: how its parameters lie on the tensor axis.
         mesh: this rank's place.
         patch_dims: modality → features of a patch.
@@ -69,12 +70,14 @@ class ZeroEngine:
         initial: Callable[[str, torch.Size], Tensor],
     ):
         self.mesh, self._layout, self._patch_dims, self._clip = mesh, layout, patch_dims, cfg.grad_clip
-        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        named = dict(model.named_parameters())
+        self.num_parameters = sum(layout.splits[n].whole_shape(p.shape, mesh.tensor).numel() for n, p in named.items())
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        self._shapes = {name: p.shape for name, p in trained.items()}
         self._module = model
-        self._names_by_id = {id(p): name for name, p in model.named_parameters()}
+        self._names_by_id = {id(p): name for name, p in trained.items()}
         bf16 = next(model.parameters()).dtype == torch.bfloat16
-        self.num_parameters = sum(self._whole_shape(name).numel() for name in self._shapes)
-        self._deepspeed = deepspeed.initialize(model, adamw(dict(model.named_parameters()), cfg), parallel, bf16)
+        self._deepspeed = deepspeed.initialize(model, adamw(trained, cfg), parallel, bf16)
         if parallel.zero == 3 and mesh.tensor.size > 1:
             deepspeed.fetch_projected(model)
         self.model: nn.Module = self._deepspeed

@@ -11,7 +11,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "least"), [(2, 50), (4, 98)])
+@pytest.mark.parametrize(("ranks", "least"), [(2, 61), (4, 100)])
 def test_every_mesh_equals_one_process(ranks, least, record_property):
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), "--ranks", str(ranks)],

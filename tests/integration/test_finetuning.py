@@ -14,7 +14,6 @@ from flagdit.checkpoint.weights import open_weights
 from flagdit.config.load import load_recipe, save_recipe
 from flagdit.errors import CheckpointError, RecipeError
 from flagdit.generate.pipeline import load_pipeline
-from flagdit.parallel.mesh import mesh_problems
 from flagdit.train.loop import train
 
 ONE = {"train__steps": 1, "optimizer__warmup_steps": 1}
@@ -138,10 +137,3 @@ def test_what_cannot_be_started_is_told(tiny, imported, tmp_path):
     ):
         with pytest.raises(RecipeError, match=told):
             tiny(**keys)
-
-
-def test_adapters_train_in_one_process(tiny):
-    recipe = tiny(name="lora", train__init_from="x", **LORA)
-    assert not list(mesh_problems(recipe, world=1))
-    (problem,) = mesh_problems(recipe, world=2)
-    assert "one process" in problem.text and problem.keys == ("lora.rank",)
