@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from flagdit.data_pipelines.index import Dataset, Encoded
 from flagdit.errors import CheckpointError, DataError, RecipeError
 from flagdit.flow.objective import FlowMatching
 from flagdit.flow.path import draw_path
-from flagdit.generate.features import ClipScores, frechet, inception, lite0, lite0_installed
 from flagdit.generate.images import grid, save_image, to_image
 from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
 from flagdit.generate.resolution import resize
 from flagdit.generate.sample import settings_of, steps_shown
+from flagdit.generate.scores import Drawn, Scores
 from flagdit.model.tokens import pack
 
 SHEET_COLUMNS, MOST_ON_SHEET = 20, 200
@@ -38,14 +38,15 @@ class Retrieval:
 
     Attributes:
         top1: share of generated pictures whose nearest neighbour has the caption (or class) that was asked for.
-        generated, references: pixels (3, F, H, W).
-        captions: what was asked for.
+        drawn: what was generated, asked for and to be found.
+        real: all pictures of the data set, (3, F, H, W).
+        said: the caption (or class) of each.
     """
 
     top1: dict[str, float]
-    generated: dict[str, list[Tensor]]
-    references: dict[str, list[Tensor]]
-    captions: dict[str, list[str]]
+    drawn: dict[str, Drawn]
+    real: list[Tensor]
+    said: list[Condition]
 
 
 def nearest(generated: Sequence[Tensor], references: Sequence[Tensor]) -> list[int]:
@@ -100,29 +101,55 @@ def evaluate_retrieval(
             where=str(dataset.path),
             fix="Give the data set that the run was trained on (--data).",
         )
+    cfg = replace(cfg or pipeline.recipe.sample, modality=dataset.modality)
     samples = [dataset.read(i) for i in range(len(dataset))]
-    pictures = [pipeline.codec.decode(s.latent_CFHW).clamp(-1, 1) for s in samples]
+    real = [pipeline.codec.decode(s.latent_CFHW).clamp(-1, 1) for s in samples]
+    said = [_condition(s, pipeline) for s in samples]
     chosen = {name: _spread(ids, most) for name, ids in dataset.splits.items() if len(ids)}
     order = [i for ids in chosen.values() for i in ids]
-    unit = pipeline.codec.factor * pipeline.spec.patch_size
-    own_sizes = [(pictures[i].shape[3], pictures[i].shape[2]) for i in order]
-    drawn = pipeline.generate(
-        [_condition(samples[i], pipeline) for i in order],
-        cfg or pipeline.recipe.sample,
-        sizes=[(scaled(w, scale, unit), scaled(h, scale, unit)) for w, h in own_sizes],
-        on_step=on_step,
-    )
-    generated = dict(zip(order, drawn, strict=True))
-    compared = drawn if scale == 1 else [resize(p, size) for p, size in zip(drawn, own_sizes, strict=True)]
+    drawn = _draw(pipeline, cfg, order, real, said, scale, on_step)
+    compared = [drawn[i] if scale == 1 else resize(drawn[i], (real[i].shape[3], real[i].shape[2])) for i in order]
     # Where captions repeat, and with classes, any picture of the same caption or class is the right one.
-    found = dict(zip(order, nearest(compared, pictures), strict=True))
-    right = {i: _condition(samples[i], pipeline) == _condition(samples[found[i]], pipeline) for i in order}
+    right = {i: said[i] == said[found] for i, found in zip(order, nearest(compared, real), strict=True)}
     return Retrieval(
         top1={name: sum(right[i] for i in ids) / len(ids) for name, ids in chosen.items()},
-        generated={name: [generated[i] for i in ids] for name, ids in chosen.items()},
-        references={name: [pictures[i] for i in ids] for name, ids in chosen.items()},
-        captions={name: [str(_condition(samples[i], pipeline)) for i in ids] for name, ids in chosen.items()},
+        drawn={
+            name: Drawn([drawn[i] for i in ids], [said[i] for i in ids], [real[i] for i in ids])
+            for name, ids in chosen.items()
+        },
+        real=real,
+        said=said,
     )
+
+
+def _draw(
+    pipeline: Pipeline,
+    cfg: SampleConfig,
+    order: Sequence[int],
+    real: Sequence[Tensor],
+    said: Sequence[Condition],
+    scale: float,
+    on_step: Progress | None,
+) -> dict[int, Tensor]:
+    """Pixels for each sample of the order, of its reference's frames and `scale` times its size.
+
+    The noise of the k-th sample of the order is that of id k.
+    """
+    unit = pipeline.codec.factor * pipeline.spec.patch_size
+    place = {i: k for k, i in enumerate(order)}
+    drawn: dict[int, Tensor] = {}
+    for frames in dict.fromkeys(real[i].shape[1] for i in order):
+        same = [i for i in order if real[i].shape[1] == frames]
+        sizes = [(scaled(real[i].shape[3], scale, unit), scaled(real[i].shape[2], scale, unit)) for i in same]
+        pixels = pipeline.generate(
+            [said[i] for i in same],
+            replace(cfg, frames=frames),
+            sizes=sizes,
+            ids=[place[i] for i in same],
+            on_step=on_step,
+        )
+        drawn |= dict(zip(same, pixels, strict=True))
+    return drawn
 
 
 @torch.no_grad()
@@ -141,7 +168,7 @@ def flow_losses(
         features, labels = pipeline.features([condition]), pipeline.labels([condition])
         text = None if features is None else PackedText.pack(features)
         c, f, h, w = sample.latent_CFHW.shape
-        segment = Segment(i, pipeline.recipe.sample.modality, (c, f, h, w))
+        segment = Segment(i, dataset.modality, (c, f, h, w))
         batch = pack([segment], [sample.latent_CFHW.float()], pipeline.spec, text=text, labels=labels)
         batch = batch.to(next(pipeline.model.parameters()).device)
         at = sums.setdefault(f"{w * pipeline.codec.factor}×{h * pipeline.codec.factor}", {})
@@ -166,14 +193,14 @@ def evaluate_run(
     preset_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Retrieval, flow loss and feature distances of a run on the data set that it was trained on.
+    """Retrieval, flow loss, scores and feature distances of a run on the data that it was trained on.
 
     Writes the figures into the run folder's figures.json, more of them into evaluation.json, and for each split a sheet
-    of generated pictures, each above the one that its caption belongs to.
+    of generated pictures, each above the one that its caption belongs to. Of sounds, only the flow loss is measured.
 
     Args:
         run_dir: the run folder.
-        data: folder of the data set; None: the recipe's data.path.
+        data: folder of a data set; None: those of the recipe.
         most: captions of each split to draw; None: all.
         scales: times the references' sizes to draw at; figures of others than 1 have it in their name.
         step, ema: which weights; see `load_pipeline`.
@@ -182,8 +209,8 @@ def evaluate_run(
         preset_name, settings: how to sample; see `sample.settings_of`.
 
     Returns:
-        retrieval_top1 and prompts of the training split; heldout_top1 and heldout_prompts, where there is one; fd_lite0
-        of each split where that network is installed; and what the given networks measure.
+        retrieval_top1 and prompts of the training split, the same with the split's name for others, and what the
+        networks of `Scores` measure. Where a run has several data sets, their modality stands before each name.
 
     Raises:
         CheckpointError, RecipeError: the run cannot be sampled, or its folder not written.
@@ -191,30 +218,24 @@ def evaluate_run(
     """
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
     cfg = settings_of(pipeline.recipe, preset_name, settings)
-    dataset = Dataset.open(data or pipeline.recipe.data.path)
-    networks = {"fd_lite0": lite0()} if lite0_installed() else {}
-    networks |= {"fid": inception(fid)} if fid else {}
-    clip_scores = ClipScores(clip) if clip else None
-    count = sum(len(_spread(ids, most)) for ids in dataset.splits.values())
+    paths = [data] if data else list(pipeline.recipe.data.sets) or [pipeline.recipe.data.path]
+    datasets = [Dataset.open(path) for path in paths]
+    scores = Scores(fid, clip)
     figures: dict[str, float] = {}
-    for scale in scales:
-        suffix = "" if scale == 1 else f"_at_{scale:g}x"
-        with steps_shown("evaluating", count, cfg.steps) as on_step:
-            found = evaluate_retrieval(pipeline, dataset, cfg=cfg, scale=scale, most=most, on_step=on_step)
-        for split, share in found.top1.items():
-            is_train = split == pipeline.recipe.data.split
-            name, prompts = ("retrieval_top1", "prompts") if is_train else (f"{split}_top1", f"{split}_prompts")
-            figures |= {name + suffix: round(share, 4), prompts: len(found.generated[split])}
-            of = "" if is_train else f"{split}_"
-            for network, features in networks.items():
-                distance = frechet(features(found.generated[split]), features(found.references[split]))
-                figures[of + network + suffix] = round(distance, 3)
-            if clip_scores:
-                scores = clip_scores(found.generated[split], found.captions[split])
-                figures |= {of + k + suffix: round(v, 4) for k, v in scores.items()}
-            sheet = _sheet(found.generated[split], found.references[split])
-            save_image(sheet, run_dir / f"retrieval_{split}{suffix}.png")
-    losses = {split: flow_losses(pipeline, dataset, split) for split, ids in dataset.splits.items() if len(ids)}
+    losses: dict[str, Any] = {}
+    for dataset in datasets:
+        of = f"{dataset.modality}_" if len(datasets) > 1 else ""
+        suited = pipeline.of(dataset.modality)
+        for scale in scales if dataset.modality != "audio" else ():
+            suffix = "" if scale == 1 else f"_at_{scale:g}x"
+            count = sum(len(_spread(ids, most)) for ids in dataset.splits.values())
+            with steps_shown("evaluating", count, cfg.steps) as on_step:
+                found = evaluate_retrieval(suited, dataset, cfg=cfg, scale=scale, most=most, on_step=on_step)
+            for split in found.top1:
+                measured = _figures_of(found, split, split == pipeline.recipe.data.split, scores, suffix)
+                figures |= {of + name: value for name, value in measured.items()}
+                save_image(_sheet(found.drawn[split]), run_dir / f"retrieval_{of}{split}{suffix}.png")
+        losses |= {of + split: flow_losses(suited, dataset, split) for split, ids in dataset.splits.items() if len(ids)}
     about = {"step": pipeline.step, "figures": figures, "loss_by_size_and_time": losses, "sample": asdict(cfg)}
     try:
         (run_dir / "figures.json").write_text(json.dumps(figures) + "\n")
@@ -222,6 +243,18 @@ def evaluate_run(
     except OSError as error:
         raise CheckpointError(f"figures.json cannot be written: {error.strerror}", where=str(run_dir)) from error
     return figures
+
+
+def _figures_of(found: Retrieval, split: str, is_train: bool, scores: Scores, suffix: str) -> dict[str, float]:
+    """What was found of one split, by name."""
+    name, prompts = ("retrieval_top1", "prompts") if is_train else (f"{split}_top1", f"{split}_prompts")
+    drawn, of = found.drawn[split], "" if is_train else f"{split}_"
+    measured = scores.captions(drawn, found.real, found.said) | scores.distances(drawn)
+    return {
+        name + suffix: round(found.top1[split], 4),
+        prompts: len(drawn.pictures),
+        **{f"{of}{key}{suffix}": value for key, value in measured.items()},
+    }
 
 
 def scaled(side: int, scale: float, unit: int) -> int:
@@ -238,8 +271,8 @@ def _spread(ids: range, most: int | None) -> list[int]:
     return [ids[i * len(ids) // count] for i in range(count)]
 
 
-def _sheet(generated: Sequence[Tensor], references: Sequence[Tensor]) -> Image.Image:
+def _sheet(drawn: Drawn) -> Image.Image:
     """Each generated picture above its reference."""
-    pairs = list(zip(generated, references, strict=True))[:MOST_ON_SHEET]
-    cells = [grid([to_image(drawn), to_image(real)], columns=1, gap=0) for drawn, real in pairs]
+    pairs = list(zip(drawn.pictures, drawn.references, strict=True))[:MOST_ON_SHEET]
+    cells = [grid([to_image(new), to_image(real)], columns=1, gap=0) for new, real in pairs]
     return grid(cells, columns=SHEET_COLUMNS, zoom=max(1, 48 // max(cell.width for cell in cells)), gap=4)

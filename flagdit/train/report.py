@@ -24,6 +24,7 @@ MOST_STEPS = 8
 MOST_PROMPTS = 12
 MOST_PICTURES = 6
 MOST_EVENTS = 20
+MOST_SIZES = 40
 BIG_PICTURE = 60_000
 """Bytes of a PNG above which the page holds a JPEG of it."""
 
@@ -31,8 +32,8 @@ BIG_PICTURE = 60_000
 def write_report(run_dir: Path | str) -> Path:
     """Writes `report.html` into a run folder, from what the run has logged so far.
 
-    `figures.json` in the folder, a flat object of measured figures, is shown as a table if it is there, and so are the
-    pictures at the top of the folder.
+    What `flagdit evaluate` left in the folder is shown if it is there: `figures.json`, a flat object, as a table, the
+    losses in `evaluation.json` as another, and the pictures at the top of the folder.
 
     Raises:
         CheckpointError: the folder holds no run.
@@ -58,6 +59,7 @@ def write_report(run_dir: Path | str) -> Path:
         charts=_charts(training, validation),
         grids=_grids(folder),
         figures=_figures(folder),
+        losses=_losses(folder),
         pictures=_pictures(folder),
         events=bad[-MOST_EVENTS:],
         event_count=len(bad),
@@ -204,9 +206,17 @@ def _figures(folder: RunFolder) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), _figure(name, value)) for name, value in found.items()]
 
 
+def _losses(folder: RunFolder) -> list[tuple[str, dict[str, float]]]:
+    """(split and size, time → loss) of the flow loss by size and time."""
+    file = folder.path / "evaluation.json"
+    found = json.loads(file.read_text())["loss_by_size_and_time"] if file.exists() else {}
+    rows = [(f"{split}, {size}", losses) for split, sizes in found.items() for size, losses in sizes.items()]
+    return rows[:MOST_SIZES]
+
+
 def _figure(name: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.1%}" if name.endswith(("_top1", "_share")) else f"{value:.4g}"
+        return f"{value:.1%}" if "_top1" in name or name.endswith("_share") else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from flagdit.data_pipelines.build import build_dataset
 from flagdit.data_pipelines.encode import encode_dataset
 from flagdit.data_pipelines.index import Dataset
 from flagdit.errors import DataError, RecipeError
-from flagdit.generate import evaluate
+from flagdit.generate import evaluate, scores
 from flagdit.generate.evaluate import evaluate_retrieval, evaluate_run, flow_losses, nearest
 from flagdit.generate.pipeline import Pipeline
 from flagdit.model.tokens import modality_of, patchify
@@ -80,8 +81,8 @@ def test_a_model_that_draws_what_is_asked_scores_one(oracle, dataset):
     found = evaluate_retrieval(oracle(), dataset)
     assert found.top1 == {"train": 1.0, "heldout": 1.0}
     for split, ids in dataset.splits.items():
-        assert len(found.generated[split]) == len(ids) > 1
-        for drawn, real in zip(found.generated[split], found.references[split], strict=True):
+        assert len(found.drawn[split].pictures) == len(ids) > 1
+        for drawn, real in zip(found.drawn[split].pictures, found.drawn[split].references, strict=True):
             torch.testing.assert_close(drawn, real, rtol=0, atol=1e-5)
 
 
@@ -104,7 +105,7 @@ def test_pictures_of_the_same_class_are_all_right(oracle, dataset, monkeypatch):
 
 def test_a_part_of_the_captions_is_spread_over_the_split(oracle, dataset):
     found = evaluate_retrieval(oracle(), dataset, most=2)
-    assert {k: len(v) for k, v in found.generated.items()} == {"train": 2, "heldout": 2}
+    assert {k: len(v.pictures) for k, v in found.drawn.items()} == {"train": 2, "heldout": 2}
     assert evaluate._spread(range(10, 20), 5) == [10, 12, 14, 16, 18]
     assert evaluate._spread(range(3), 7) == [0, 1, 2] and evaluate._spread(range(0), None) == []
 
@@ -126,8 +127,8 @@ def evaluated(oracle, dataset, monkeypatch):
     pipeline.recipe = replace(pipeline.recipe, data=replace(pipeline.recipe.data, path=str(dataset.path)))
     pipeline.step = 7
     monkeypatch.setattr(evaluate, "load_pipeline", lambda run, step, ema: pipeline)
-    monkeypatch.setattr(evaluate, "lite0_installed", lambda: True)
-    monkeypatch.setattr(evaluate, "lite0", lambda: lambda pictures: torch.stack([p.mean((1, 2, 3)) for p in pictures]))
+    monkeypatch.setattr(scores, "lite0_installed", lambda: True)
+    monkeypatch.setattr(scores, "lite0", lambda: lambda pictures: torch.stack([p.mean((1, 2, 3)) for p in pictures]))
     return pipeline
 
 
@@ -137,9 +138,11 @@ def test_a_run_gets_figures_and_sheets(evaluated, dataset, tmp_path):
     assert figures == {
         "retrieval_top1": 1.0,
         "prompts": train,
+        "lite0_top1": 1.0,
         "fd_lite0": pytest.approx(0, abs=1e-3),
         "heldout_top1": 1.0,
         "heldout_prompts": heldout,
+        "heldout_lite0_top1": 1.0,
         "heldout_fd_lite0": pytest.approx(0, abs=1e-3),
     }
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
@@ -155,7 +158,7 @@ def test_a_run_gets_figures_and_sheets(evaluated, dataset, tmp_path):
 def test_other_sizes_are_compared_at_the_size_of_the_data(evaluated, dataset, tmp_path, monkeypatch):
     asked = []
 
-    def generate(conditions, cfg, *, sizes, on_step=None):
+    def generate(conditions, cfg, *, sizes, ids, on_step=None):
         asked.extend(sizes)
         return [evaluate.resize(evaluated.model.pictures[c], size) for c, size in zip(conditions, sizes, strict=True)]
 
@@ -181,9 +184,46 @@ def test_flow_loss_is_by_size_and_time(evaluated, dataset):
 
 
 def test_given_networks_measure_too(evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "inception", lambda weights: lambda pictures: torch.zeros(len(pictures), 2))
+    monkeypatch.setattr(scores, "inception", lambda weights: lambda pictures: torch.zeros(len(pictures), 2))
     clip = {"clip_score": 30.0, "clip_top1": 0.5}
-    monkeypatch.setattr(evaluate, "ClipScores", lambda folder: lambda pictures, captions: dict(clip))
+    monkeypatch.setattr(scores, "ClipScores", lambda folder: lambda pictures, captions: dict(clip))
     figures = evaluate_run(tmp_path, fid=tmp_path, clip=tmp_path, most=2)
     assert figures["fid"] == figures["heldout_fid"] == 0
     assert figures["clip_score"] == 30 and figures["heldout_clip_top1"] == 0.5
+
+
+def test_clips_are_drawn_at_their_own_length_and_sets_have_their_names(evaluated, tmp_path, monkeypatch):
+    """Of several data sets each is measured; of sounds, which no network judges here, the flow loss alone."""
+    opened = {"clips": _Set("video", [2, 2, 5], evaluated.codec.spec()), "sounds": _Set("audio", [1], None)}
+    monkeypatch.setattr(evaluate.Dataset, "open", lambda path: opened[path])
+    monkeypatch.setattr(evaluated, "of", lambda modality: evaluated)
+    asked = []
+
+    def generate(conditions, cfg, *, sizes, ids, on_step=None):
+        asked.append((conditions, cfg.modality, cfg.frames, ids))
+        return [opened["clips"].read(c).latent_CFHW for c in conditions]
+
+    monkeypatch.setattr(evaluated, "generate", generate)
+    monkeypatch.setattr(evaluate, "flow_losses", lambda pipeline, dataset, split: {dataset.modality: split})
+    data = replace(evaluated.recipe.data, sets={"clips": 1.0, "sounds": 1.0})
+    evaluated.recipe = replace(evaluated.recipe, data=data)
+    figures = evaluate_run(tmp_path)
+    assert asked == [([0, 1], "video", 2, [0, 1]), ([2], "video", 5, [2])]
+    assert figures["video_retrieval_top1"] == 1 and figures["video_prompts"] == 3
+    assert not any(name.startswith("audio") for name in figures)
+    about = json.loads((tmp_path / "evaluation.json").read_text())
+    assert about["loss_by_size_and_time"] == {"video_train": {"video": "train"}, "audio_train": {"audio": "train"}}
+
+
+class _Set:
+    """Stands in for a data set of random clips, each its own class."""
+
+    def __init__(self, modality, frames, codec):
+        self.modality, self.codec, self.splits = modality, codec, {"train": range(len(frames))}
+        self.samples = [SimpleNamespace(label=i, latent_CFHW=torch.rand(3, f, 4, 4)) for i, f in enumerate(frames)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, i):
+        return self.samples[i]

@@ -124,3 +124,11 @@ def test_samples_stand_by_prompt_and_step(folder):
 def test_only_runs_have_reports(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no recipe\.yaml"):
         write_report(tmp_path)
+
+
+def test_losses_of_an_evaluation_are_a_table(folder):
+    losses = {"train": {"24×24": {"0.25": 1.5, "0.75": 0.25}}, "heldout": {"24×24": {"0.25": 1.75, "0.75": 0.5}}}
+    (folder.path / "evaluation.json").write_text(json.dumps({"loss_by_size_and_time": losses}))
+    text = Page(write_report(folder.path).read_text()).text
+    assert "Flow loss by size and time" in text and "0.25 0.75" in text
+    assert "train, 24×24 1.500 0.250" in text and "heldout, 24×24 1.750 0.500" in text
