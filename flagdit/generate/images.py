@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from flagdit.errors import DataError, RecipeError
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 128
 """Pixels of a side below which pictures are enlarged on a sheet, so that a person sees something."""
-CAPTION_HEIGHT, CAPTION_WIDTH = 16, 180
+CAPTION_HEIGHT, CAPTION_WIDTH, CAPTION_POINTS = 16, 180, 10
 
 
 def to_image(pixels_CFHW: Tensor) -> Image.Image:
@@ -143,10 +144,18 @@ def check_name(file: Path) -> None:
 
 def _write(sheet: Image.Image, text: str, x: int, y: int, width: int) -> None:
     """One centred line, cut with … where it is too long."""
-    font, draw = ImageFont.load_default(), ImageDraw.Draw(sheet)
+    font, draw = _font(), ImageDraw.Draw(sheet)
     text = " ".join(text.split())
     shown = text
     while draw.textlength(shown, font) > width and len(shown) > 1:
         text = text[:-1]
         shown = text.rstrip() + "…"
     draw.text((x + (width - draw.textlength(shown, font)) / 2, y + 2), shown, fill="black", font=font)
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Pillow's own font knows little beyond ASCII."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", CAPTION_POINTS)

@@ -57,9 +57,9 @@ def draw_many(
         Pictures drawn now by this rank.
 
     Raises:
-        RecipeError: the folder holds pictures of other prompts or settings, or cannot be written.
+        RecipeError: the folder holds pictures of other prompts, settings or weights, or cannot be written.
     """
-    _claim(out, _request(prompts, repeat, cfg), writes and rank == 0)
+    _claim(out, _request(pipeline, prompts, repeat, cfg), writes and rank == 0)
     mine = range(rank, len(prompts) * repeat, size)
     files = {i: out / f"{i:0{DIGITS}d}{Path(DEFAULT_NAMES[cfg.modality]).suffix}" for i in mine}
     missing = [i for i in mine if not files[i].exists()]
@@ -99,14 +99,14 @@ def sample_many(
     mesh = mesh or ParallelContext()
     if len(sizes) > 1:
         raise RecipeError("--out-dir draws one size", where="--size", fix="Give one.")
-    given = dict(settings or {}) | ({"size": sizes[0]} if sizes else {})
+    given = dict(settings or {}) | ({"size": sizes[0]} if sizes else {}) | ({} if ema is None else {"ema": ema})
     pipeline = load_pipeline(run_dir, step=step, ema=ema, mesh=mesh)
     cfg = settings_of(pipeline.recipe, preset_name, given)
     pipeline = pipeline.of(cfg.modality)
     prompts = [str(c) for c in conditions or cfg.prompts]
     count = len(prompts) * repeat
     if mesh.is_first:
-        _claim(out, _request(prompts, repeat, cfg), writes=True)
+        _claim(out, _request(pipeline, prompts, repeat, cfg), writes=True)
     mesh.from_first(None)  # nobody writes into a folder that is not claimed yet
     with steps_shown("sampling", count, 1) as on_step:
         drawn = draw_many(
@@ -132,9 +132,9 @@ def _write(file: Path, sample: Tensor, modality: str, rate: int) -> None:
         raise RecipeError(f"the sample cannot be written: {error.strerror or error}", where=str(file)) from error
 
 
-def _request(prompts: Sequence[str], repeat: int, cfg: SampleConfig) -> dict:
-    """What the folder's pictures are of."""
-    return {"prompts": list(prompts), "repeat": repeat, "sample": asdict(cfg)}
+def _request(pipeline: Pipeline, prompts: Sequence[str], repeat: int, cfg: SampleConfig) -> dict:
+    """What the folder's pictures are of, and by which weights."""
+    return {"prompts": list(prompts), "repeat": repeat, "sample": asdict(cfg), "step": pipeline.step}
 
 
 def _claim(out: Path, settings: dict, writes: bool) -> None:
@@ -145,9 +145,9 @@ def _claim(out: Path, settings: dict, writes: bool) -> None:
         if file.exists():
             if json.loads(file.read_text()) != json.loads(json.dumps(settings)):
                 raise RecipeError(
-                    "the folder holds pictures of other prompts or settings",
+                    "the folder holds pictures of other prompts or settings, or of another checkpoint",
                     where=str(out),
-                    fix="Give another folder, or the same prompts and settings to go on.",
+                    fix="Give another folder; or, to go on, the same prompts, settings and --step.",
                 )
         elif writes:
             if any(out.iterdir()):

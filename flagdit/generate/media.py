@@ -18,10 +18,11 @@ from flagdit.data_pipelines.sound import wav
 from flagdit.errors import RecipeError
 from flagdit.generate.images import FORMATS, grid, save_image, to_image, zoom_for
 
+CLIPS = (".mp4", ".gif")
 ENDINGS: dict[str, tuple[str, ...]] = {
     "image": FORMATS,
-    "multiview": FORMATS,
-    "video": (".mp4", ".gif", ".webp"),
+    "multiview": (*FORMATS, *CLIPS),
+    "video": (*CLIPS, ".webp"),
     "audio": (".wav",),
 }
 DEFAULT_NAMES = {"image": "grid.png", "multiview": "views.png", "video": "clip.mp4", "audio": "sound.wav"}
@@ -64,8 +65,8 @@ def save_samples(
 ) -> list[Path]:
     """Writes samples as a person looks at them or listens to them.
 
-    Pictures come on a sheet, sets of views on a sheet with a row for each, clips side by side in one clip, sounds in a
-    file each.
+    Several pictures come on a sheet that enlarges small ones; sets of views on a sheet with a row for each or, by the
+    file's ending, turning as a clip; clips side by side in one clip; sounds in a file each.
 
     Args:
         samples: (C, F, H, W) each.
@@ -86,13 +87,15 @@ def save_samples(
     for group, file in zip(groups, files, strict=True):
         if modality == "audio":
             _write(file, wav(group[0].reshape(-1).numpy(), rate))
-        elif modality == "video":
+        elif modality == "video" or file.suffix.lower() in CLIPS:
             save_clip(_side_by_side(group), file)
         else:
             images = [to_image(s) for s in group]
+            if separate or (len(images) == 1 and modality == "image" and not captions):
+                save_image(images[0], file)  # as it is: the next command may edit it
+                continue
             columns = 1 if modality == "multiview" else None
-            sheet = grid(images, columns=columns, zoom=zoom_for(images), gap=4, captions=None if separate else captions)
-            save_image(images[0] if separate else sheet, file)
+            save_image(grid(images, columns=columns, zoom=zoom_for(images), gap=4, captions=captions), file)
     return files
 
 

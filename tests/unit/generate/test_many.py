@@ -95,6 +95,16 @@ def test_from_a_run_folder(recipe, save_run, tmp_path):
         sample_many(run, PROMPTS, tmp_path / "x", sizes=["4x8", "8x8"])
 
 
+def test_a_folder_goes_on_with_the_weights_that_began_it(recipe, save_run, tmp_path):
+    """A newer checkpoint, or another average, would mix pictures of two models."""
+    run = save_run(recipe)
+    sample_many(run, PROMPTS[:1], tmp_path / "out", step=5)
+    for weights in ({"step": 10}, {"step": 5, "ema": 1}, {}):
+        with pytest.raises(RecipeError, match="another checkpoint"):
+            sample_many(run, PROMPTS[:1], tmp_path / "out", **weights)
+    assert "0 of 1 pictures" in sample_many(run, PROMPTS[:1], tmp_path / "out", step=5)
+
+
 def test_sounds_are_drawn_into_sound_files(recipe, random_model, tmp_path):
     model = replace(recipe.model, modalities={"image": 3, "audio": 1})
     both = Pipeline.build(random_model(replace(recipe, model=model)), replace(recipe, model=model))

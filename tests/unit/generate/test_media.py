@@ -38,6 +38,16 @@ def test_views_stand_in_rows(tmp_path):
     assert width == 4 * 8 * (height // 2 // 8) and sheet[2].mean() < 5 and 180 < sheet[-2].mean() < 200
 
 
+@pytest.mark.parametrize("ending", [".gif", ".mp4"])
+def test_views_turn_in_a_clip(tmp_path, ending):
+    import av
+
+    (file,) = save_samples([clip(5), clip(5)], "multiview", tmp_path / f"turn{ending}", rate=16000)
+    with av.open(str(file)) as container:
+        levels = [f.to_ndarray(format="rgb24")[:, :40].mean() for f in container.decode(video=0)]
+    assert len(levels) == 5 and levels == sorted(levels) and levels[-1] > levels[0] + 100
+
+
 def test_sounds_get_a_file_each(tmp_path):
     tone = torch.sin(torch.arange(1600) / 5)[None, None, None]
     (file,) = save_samples([tone], "audio", tmp_path / "a.wav", rate=8000)
@@ -54,3 +64,12 @@ def test_names_suit_the_modality(tmp_path):
             check_media_name(tmp_path / name, modality)
     with pytest.raises(RecipeError, match="not a picture file, clip or sound"):
         check_any_name(tmp_path / "a.txt")
+
+
+def test_one_picture_keeps_its_size_and_several_are_enlarged(tmp_path):
+    """What is drawn can be edited: the file of one picture is that picture."""
+    picture = torch.rand(3, 1, 8, 12) * 2 - 1
+    (file,) = save_samples([picture], "image", tmp_path / "one.png", rate=16000)
+    assert Image.open(file).size == (12, 8)
+    (file,) = save_samples([picture, picture], "image", tmp_path / "two.png", rate=16000)
+    assert Image.open(file).size == (12 * 10 * 2 + 4, 8 * 10)

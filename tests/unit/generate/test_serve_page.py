@@ -103,6 +103,8 @@ def test_editing_by_upload_and_mask(page, tmp_path):
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.9, steps=8)
     page.mouse.up()
+    middle = "document.getElementById('paint').getContext('2d').getImageData({}, 4, 1, 1).data.slice(0, 3).join()"
+    assert page.evaluate(middle.format(7)) == "128,128,128" != page.evaluate(middle.format(0)), "paint can be seen"
     draw(page)
     edited = shown(page)
     painted, rest = edited.crop((0, 0, 1, 8)), edited.crop((4, 0, 8, 8))
