@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,10 +101,12 @@ def start(recipe: Recipe, log: Path) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         train(recipe)
-        sys.stdout.flush()
         code = 0
-    finally:
-        os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def ended(pid: int, seconds: float) -> int | None:

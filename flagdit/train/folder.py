@@ -30,8 +30,8 @@ from flagdit.config.load import diff, load_recipe, to_yaml
 from flagdit.config.schema import Recipe
 from flagdit.errors import CheckpointError, RecipeError
 
-BEFORE_THE_RUN = (".lock", "logs", "slurm")
-"""What a folder may hold before it is a run."""
+BEFORE_THE_RUN = (".lock", "logs", "slurm", "recipe.yaml.tmp")
+"""What a folder may hold before it is a run; the last is left where a kill meets the very first write."""
 
 FREE_KEYS = (
     "name",

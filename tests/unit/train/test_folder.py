@@ -68,6 +68,14 @@ def test_rewinding_drops_what_lies_past_the_step(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_what_a_kill_leaves_of_the_very_first_write_is_no_stranger(tmp_path):
+    (tmp_path / "recipe.yaml.tmp").write_text("half a rec")
+    RunFolder(tmp_path).check(Recipe())
+    (tmp_path / "thesis.txt.tmp").write_text("chapter 1")
+    with pytest.raises(CheckpointError, match=r"it is not a run \(thesis\.txt\.tmp\)"):
+        RunFolder(tmp_path).check(Recipe())
+
+
 def test_atomic_writing_replaces_the_whole_file(tmp_path):
     file = tmp_path / "x"
     write_atomically(file, "long content")
