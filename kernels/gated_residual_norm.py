@@ -163,7 +163,7 @@ def run_forward(
         "shift_stride": stride(shift), "scale_stride": stride(scale), "eps": eps,
         "D": width, **row_shape(width), "STAGES": 3,
     }  # fmt: skip
-    launch(_gated_residual_norm_kernel, len(chunks), args, num_warps=row_warps(width))
+    launch(_gated_residual_norm_kernel, len(chunks), args, num_warps=row_warps(width, 8))
     return x_out, y, f_rstd, rstd
 
 

@@ -178,7 +178,7 @@ def run_backward(
         "dy_stride": dy.stride(0), "dresidual_stride": stride(dresidual), "x_stride": x.stride(0),
         "scale_stride": stride(scale), "D": width, **row_shape(width), "SUMS": 1 + shifted, "STAGES": 3,
     }  # fmt: skip
-    launch(_rms_norm_modulate_backward_kernel, len(chunks), args, num_warps=row_warps(width))
+    launch(_rms_norm_modulate_backward_kernel, len(chunks), args, num_warps=row_warps(width, 8))
     return dx, segment_sums(parts, offsets)
 
 
