@@ -145,7 +145,7 @@ def block_bytes(cfg: ModelConfig, s: Slice) -> BlockBytes:
         return tokens * width * (2 * FP32 if w < FP32 else FP32)
 
     stream = norms * norm(t, E) + 4 * w * t * E + (0 if w < FP32 else norms * FP32 * t * E)
-    inputs = 2 * w * a * E
+    inputs = 2 * w * t * E
     qk = {"rms": norm(a, q) + norm(a, k) + (0 if w < FP32 else FP32 * a * (q + k)), "layer": w * a * (q + k), "none": 0}
     lse = FP32 * a * cfg.num_heads / s.tensor
     attention = w * a * (q + 2 * k) + w * a * q + lse

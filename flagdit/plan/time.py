@@ -29,6 +29,9 @@ OPTIMIZER_BYTES = 30
 """Bytes that AdamW moves per parameter: gradient, master, two moments read; three of them and the weight written."""
 HOST_BANDWIDTH = 20e9
 """Bytes/s at which a rank's share of the host's memory serves an offloaded optimizer: an assumption."""
+REUSED = 1e9
+"""Elements of a tensor rank's model up to which ZeRO 3 keeps gathered weights from forward to backward (DeepSpeed's
+stage3_max_reuse_distance)."""
 GPUS_PER_NODE = 8
 
 
@@ -85,14 +88,17 @@ def traffic_of(work: Workload, parameters: Parameters) -> Traffic:
     # Forwards of a block per step: once more where it is recomputed.
     recomputed = -(-m.num_layers // m.checkpoint_every) / m.num_layers if m.checkpointing == "block" else 0
     forwards = 1 + recomputed
-    # Two gathers and two scatters forward, the same backward; without sequence parallelism two sums, of equal cost.
-    tensor = _share(p.tensor) * blocks * 4 * (forwards + 1) * w * a * m.dim
+    # Two gathers and two scatters forward, the same backward, which gathers both inputs once more; without sequence
+    # parallelism two sums each way, which cost as much as a gather and a scatter.
+    tensor = _share(p.tensor) * blocks * (4 * forwards + (6 if p.sequence else 4)) * w * a * m.dim
     exchanged = _share(ulysses) * blocks * (forwards + 1) * w * a * (2 * q + 2 * k)
-    # Keys and values go round forward; backward they go round again with their gradients, which make one step more.
-    passed = blocks * 2 * w * a * k * ((p.ring - 1) * (forwards + 1) + (p.ring if p.ring > 1 else 0) * 2)
+    # Keys and values travel forward and backward, their gradients backward in fp32, each to every other rank.
+    passed = blocks * (p.ring - 1) * 2 * a * k * ((forwards + 1) * w + FP32)
     own, n = parameters.per_rank(p.tensor), work.shards
-    gathers = 2 * work.accumulation if p.zero == 3 else 1
-    reductions = FP32 * own * (2 if p.zero == 1 else 1)
+    # DeepSpeed's stages 1 and 2 reduce by all-reduce, which sends twice; 2 and 3 do so in every micro-batch.
+    reductions = FP32 * own * {1: 2, 2: 2 * work.accumulation, 3: work.accumulation}.get(p.zero, 2)
+    again = 2 if own > REUSED else 1
+    gathers = again * work.accumulation if p.zero == 3 else 1
     shards = _share(n) * (reductions + gathers * w * own)
     return Traffic(tensor, exchanged, passed, shards)
 

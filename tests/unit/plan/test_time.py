@@ -58,7 +58,7 @@ def test_an_axis_of_one_rank_sends_nothing():
 
 def test_traffic_by_axis():
     work, parameters, t = plan(2, "parallel.tensor=2")
-    assert t.tensor == 4 * 0.5 * 8 * work.tokens * 128 * 4 and t.ulysses == t.ring == t.shards == 0
+    assert t.tensor == 4 * 0.5 * 10 * work.tokens * 128 * 4 and t.ulysses == t.ring == t.shards == 0
     work, parameters, t = plan(2, "parallel.context=2")
     # Queries, keys, values and outputs of half the tokens, forward and backward, half of each goes to the other rank.
     assert t.ulysses == 4 * 0.5 * 2 * (work.tokens / 2) * 128 * 4 * 4 and t.ring == t.tensor == 0
@@ -66,9 +66,13 @@ def test_traffic_by_axis():
     *_, ring = plan(2, "parallel.context=2", "parallel.ring=2")
     assert ring.ring > 0 and ring.ulysses == 0
     *_, again = plan(2, "parallel.tensor=2", "model.checkpointing=block")
-    assert again.tensor == 1.5 * plan(2, "parallel.tensor=2")[2].tensor
+    assert again.tensor == 1.4 * plan(2, "parallel.tensor=2")[2].tensor
+    *_, sums = plan(2, "parallel.tensor=2", "parallel.sequence=false")
+    assert sums.tensor == 0.8 * plan(2, "parallel.tensor=2")[2].tensor
     *_, third = plan(2, "parallel.zero=3")
-    assert third.shards == 0.5 * parameters.total * (4 + 2 * 4)
+    assert third.shards == 0.5 * parameters.total * (4 + 4)
+    *_, second = plan(2, "parallel.zero=2", "train.accumulation=2")
+    assert second.shards == 0.5 * parameters.total * (2 * 2 * 4 + 4)
 
 
 def test_more_gpus_are_faster_and_less_efficient():
