@@ -1,14 +1,12 @@
 """What is in global batch k: a function of (recipe, data, k), computed from the index alone.
 
-The run walks through windows. A window takes the next stretch of every data set's stream, in the proportion of the
-weights, and makes packs of it:
+- With fixed counts (`data.pack_tokens=0`) it is the next `data.batch_size` samples, of every data set in the proportion
+  of the weights.
+- With a token budget it is the next `data.batch_size` packs of a window. Windows are alike in which lengths they have,
+  so that one way to pack them serves all (`windows.py`), and batch k is found without looking at those before.
 
-- with fixed counts (`data.pack_tokens=0`) a window is one batch of `data.batch_size` samples;
-- with a token budget it is a fixed number of packs, of which `data.batch_size` at a time are a batch. The stretches are
-  measured in tokens, so that each window is as full as the last and batch k is found without looking at those before.
-
-Where the stretches begin depends on the window's number alone, so every sample of every epoch is in one window: none
-is lost, none comes twice. How a batch is shared out over ranks and micro-batches comes after and changes none of it.
+Every sample of every epoch is in one batch: none is lost, none comes twice. How a batch is shared out over ranks and
+micro-batches comes after and changes none of it.
 """
 
 from __future__ import annotations
@@ -16,19 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.mixture import Member, Mixture, Shares
 from flagdit.data_pipelines.order import SetOrder, mixed_seed, permute
-from flagdit.data_pipelines.packing import deal, pack_window
+from flagdit.data_pipelines.packing import deal
+from flagdit.data_pipelines.windows import Windows, kinds_of
 from flagdit.errors import RecipeError
 from flagdit.model.tokens import TokenSpec, num_tokens_of_all
 
-WINDOW_PACKS = 256  # in a window, or as many as an epoch has: what rounding wastes is shared among so many
-UNFILLED = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 0.9, 0.97)
-PROBES = 2
+WINDOW_PACKS = 256  # in a window, or the next multiple of a batch
 WINDOWS_KEPT = 2
 PACK_ORDER = 1 << 40  # numbers the order of packs apart from the orders of data sets
 
@@ -51,8 +49,8 @@ class Part:
     def join(cls, parts: Sequence[Part]) -> Part:
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "epochs", "tokens")))
 
-    def __getitem__(self, places: Sequence[int]) -> Part:
-        index = np.asarray(places, np.int64)
+    def __getitem__(self, places: slice | Sequence[int] | np.ndarray) -> Part:
+        index = places if isinstance(places, slice) else np.asarray(places, np.int64)
         return Part(self.ids[index], self.epochs[index], self.tokens[index])
 
     def __len__(self) -> int:
@@ -64,11 +62,28 @@ class Part:
         return int((self.tokens**2).sum())
 
 
+@dataclass(frozen=True)
+class Streams:
+    """The kinds of samples of all data sets, longest first.
+
+    Attributes:
+        member: (K,) whose each is.
+        kind: (K,) its number there.
+        lengths: (K,) tokens of its longest sample.
+        shares: (K,) of all samples drawn.
+    """
+
+    member: np.ndarray
+    kind: np.ndarray
+    lengths: np.ndarray
+    shares: np.ndarray
+
+
 class Batches:
     """The content of every global batch of a run.
 
     Attributes:
-        fill: share of the token budget that windows aim at; 1 with fixed counts.
+        windows: how windows are packed; with fixed counts there is none.
     """
 
     def __init__(self, recipe: Recipe, mixture: Mixture):
@@ -80,15 +95,15 @@ class Batches:
         self.recipe, self.mixture = recipe, mixture
         self.spec = TokenSpec.from_model(recipe.model)
         self.budget, self.batch = recipe.data.pack_tokens, recipe.data.batch_size
-        self.shares = Shares([m.weight for m in mixture.members])
-        self.orders = [self._order(i, m) for i, m in enumerate(mixture.members)]
-        self.window = lru_cache(WINDOWS_KEPT)(self._window)
-        self.fill = 1.0
+        self.orders: list[SetOrder] = []
         if self.budget:
-            epoch = sum(order.units for order in self.orders) // self.budget
-            self.packs = self.batch * -(-min(WINDOW_PACKS, epoch + 1) // self.batch)
-            self._choose_fill()
+            self.streams = self._open_streams()
+            packs = -(-WINDOW_PACKS // self.batch) * self.batch
+            self.windows = Windows(self.streams.lengths, self.streams.shares, packs, self.budget)
+            self.window = lru_cache(WINDOWS_KEPT)(self._window)
         else:
+            self.orders = [self._order(i, m) for i, m in enumerate(mixture.members)]
+            self.shares = Shares([m.weight for m in mixture.members])
             self._check_counts()
 
     def batch_of(self, k: int) -> list[Part]:
@@ -96,7 +111,7 @@ class Batches:
         if not self.budget:
             whole = self._counted(k)
             return [whole[[i]] for i in range(len(whole))]
-        window, batch = divmod(k, self.packs // self.batch)
+        window, batch = divmod(k, self.windows.packs // self.batch)
         return self.window(window)[batch * self.batch : (batch + 1) * self.batch]
 
     def shared(self, k: int, micro_batches: int, ranks: int) -> list[list[Part]]:
@@ -111,78 +126,75 @@ class Batches:
 
     def _counted(self, k: int) -> Part:
         """The samples of global batch k, with fixed counts."""
-        return self._draw(*(self.shares.among_first(n) for n in (k * self.batch, (k + 1) * self.batch)))
+        starts, stops = (self.shares.among_first(n).tolist() for n in (k * self.batch, (k + 1) * self.batch))
+        ids, epochs = [], []
+        for order, member, start, stop in zip(self.orders, self.mixture.members, starts, stops, strict=True):
+            drawn = order.take(start, stop)
+            ids.append(drawn.ids + member.first_id)
+            epochs.append(drawn.epochs)
+        found = np.concatenate(ids)
+        return Part(found, np.concatenate(epochs), self.mixture.tokens(found, self.spec))
 
-    def _order(self, number: int, member: Member) -> SetOrder:
+    def _order(self, number: int, member: Member, kinds: np.ndarray | None = None) -> SetOrder:
         dataset, split = member.dataset, member.dataset.split(self.recipe.data.split)
         counts = np.array([count for _, count in dataset.info["shards"]], np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)])
         first, last = np.searchsorted(starts, (split.start, split.stop))
-        lengths = None
-        if self.budget:
-            shapes = dataset.columns["shape"][split.start : split.stop]
-            lengths = num_tokens_of_all(shapes, dataset.modality, self.spec)
-            if lengths.max() > self.budget:
-                big = int(lengths.argmax())
+        seed = mixed_seed(self.recipe.seed, number)
+        return SetOrder(seed, counts[first:last], split.start, self.recipe.data.shuffle_shards, kinds)
+
+    def _open_streams(self) -> Streams:
+        found = []
+        for number, member in enumerate(self.mixture.members):
+            dataset, split = member.dataset, member.dataset.split(self.recipe.data.split)
+            tokens = num_tokens_of_all(dataset.columns["shape"][split.start : split.stop], dataset.modality, self.spec)
+            if tokens.max() > self.budget:
+                big = int(tokens.argmax())
                 raise RecipeError(
-                    f"data.pack_tokens={self.budget} is less than the {lengths[big]} tokens of sample "
+                    f"data.pack_tokens={self.budget} is less than the {tokens[big]} tokens of sample "
                     f"{dataset.key(split.start + big)}",
                     where=str(dataset.path),
-                    fix=f"Set it to {lengths[big]} or more.",
+                    fix=f"Set it to {tokens[big]} or more.",
                 )
-        seed = mixed_seed(self.recipe.seed, number)
-        return SetOrder(seed, counts[first:last], split.start, self.recipe.data.shuffle_shards, lengths)
-
-    def _draw(self, starts: Sequence[int] | np.ndarray, stops: Sequence[int] | np.ndarray) -> Part:
-        ids, epochs, tokens = [], [], []
-        for order, member, start, stop in zip(self.orders, self.mixture.members, starts, stops, strict=True):
-            drawn = order.take(int(start), int(stop))
-            ids.append(drawn.ids + member.first_id)
-            epochs.append(drawn.epochs)
-            if order.lengths is not None:
-                tokens.append(order.lengths[drawn.ids - order.first_id].astype(np.int64))
-        found = np.concatenate(ids)
-        lengths = np.concatenate(tokens) if tokens else self.mixture.tokens(found, self.spec)
-        return Part(found, np.concatenate(epochs), lengths)
+            kinds, lengths = kinds_of(tokens)
+            order = self._order(number, member, kinds)
+            self.orders.append(order)
+            shares = member.weight * order.counts / len(order)
+            found.append((np.full(len(lengths), number), np.arange(len(lengths)), lengths, shares))
+        joined = [np.concatenate(columns) for columns in zip(*found, strict=True)]
+        longest_first = np.argsort(-joined[2], kind="stable")
+        return Streams(*(column[longest_first] for column in joined))
 
     def _check_counts(self) -> None:
         most = np.max(
             np.diff([self.shares.among_first(k * self.batch) for k in range(self.shares.period + 1)], axis=0), axis=0
         )
         for order, member, count in zip(self.orders, self.mixture.members, most.tolist(), strict=True):
-            if count > order.units:
+            if count > len(order):
                 named = f", of which this set gives {count}," if self.recipe.data.sets else ""
                 raise RecipeError(
-                    f"data.batch_size={self.batch}{named} is larger than the split, which has {order.units} samples",
+                    f"data.batch_size={self.batch}{named} is larger than the split, which has {len(order)} samples",
                     where=str(member.dataset.path),
-                    fix=f"Try {max(int(self.batch * order.units / count), 1)} or fewer.",
+                    fix=f"Try {max(int(self.batch * len(order) / count), 1)} or fewer.",
                 )
 
-    # Packs of a token budget.
-
-    def _choose_fill(self) -> None:
-        """Finds how full windows can be: the most at which the first ones fit.
-
-        It decides what every window holds, so it depends on the recipe and the data alone.
-        """
-        for unfilled in UNFILLED:
-            self.fill = 1 - unfilled
-            if all(self._packed(w)[1] for w in range(PROBES)):
-                return
-
-    def _stretches(self) -> list[int]:
-        """Tokens that a window takes of every data set."""
-        means = np.array([order.units / len(order.lengths) for order in self.orders if order.lengths is not None])
-        shares = np.array([m.weight for m in self.mixture.members]) * means
-        return np.maximum(self.packs * self.budget * self.fill * shares / shares.sum(), 1).astype(np.int64).tolist()
-
-    def _packed(self, w: int) -> tuple[list[Part], bool]:
-        steps = self._stretches()
-        whole = self._draw([w * n for n in steps], [(w + 1) * n for n in steps])
-        places, fits = pack_window(whole.tokens, self.packs, self.budget)
-        # In the order in which they are made the long samples would come first.
-        shuffled = permute(mixed_seed(self.recipe.seed, PACK_ORDER), w, self.packs, np.arange(self.packs))
-        return [whole[sorted(places[i])] for i in shuffled.tolist()], fits
-
     def _window(self, w: int) -> list[Part]:
-        return self._packed(w)[0]
+        """The packs of window w, in the order in which they come."""
+        windows, streams = self.windows, self.streams
+        kinds = windows.kinds(w)
+        # As they are made, the packs of long samples would come first.
+        turns = permute(mixed_seed(self.recipe.seed, PACK_ORDER), w, windows.packs, np.arange(windows.packs))
+        turn = turns[windows.pack_of_slot]
+        # The stream of a kind goes on from pack to pack as they come.
+        by_kind = np.lexsort((turn, kinds))
+        places = np.empty(len(kinds), np.int64)
+        places[by_kind] = windows.before(w)[kinds] + np.arange(len(kinds)) - np.searchsorted(kinds, kinds)
+        ids, epochs = np.empty(len(kinds), np.int64), np.empty(len(kinds), np.int64)
+        for number, (order, member) in enumerate(zip(self.orders, self.mixture.members, strict=True)):
+            own = np.flatnonzero(streams.member[kinds] == number)
+            drawn = order.at(streams.kind[kinds[own]], places[own])
+            ids[own], epochs[own] = drawn.ids + member.first_id, drawn.epochs
+        by_turn = np.argsort(turn, kind="stable")
+        whole = Part(ids, epochs, self.mixture.tokens(ids, self.spec))[by_turn]
+        ends = np.cumsum(np.bincount(turn, minlength=windows.packs)).tolist()
+        return [whole[a:b] for a, b in pairwise([0, *ends])]

@@ -1,8 +1,11 @@
-"""Which samples come next: arithmetic on (seed, epoch, position), without a list and without state.
+"""Which samples come next: arithmetic on (seed, epoch, place), without a list and without state.
 
 A data set is an endless stream, one epoch after another, and each epoch holds every sample of the split once. An epoch
 shuffles the shards, cuts them into groups, and shuffles the samples of each group: reads stay within a few shards at a
 time, which parallel file systems and object stores like, and a set that is one group is shuffled as a whole.
+
+Where samples are of several kinds (of several lengths), the samples of each kind are a stream of their own, in the
+same order of shards: who takes every kind at its own steady rate stays near one place of the shards, too.
 
 A permutation of n samples is a Feistel network (Luby and Rackoff 1988) on the smallest even number of bits that holds
 n, walked until it lands below n (Black and Rogaway 2002). So any place of any epoch costs the same, a run continues at
@@ -14,17 +17,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
 ROUNDS = 6
 MIN_HALF_BITS = 3  # halves of fewer bits would make the rounds' values, and so small permutations, repeat too often
-EPOCHS_KEPT, GROUPS_KEPT = 2, 16
+EPOCHS_KEPT, GROUPS_KEPT = 4, 64
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of one data set, in the order of its stream.
+    """Samples of one data set, in the order asked for.
 
     Attributes:
         ids: (n,) int64 sample ids in the data set.
@@ -36,71 +40,78 @@ class Drawn:
 
 
 class SetOrder:
-    """The stream of one data set, cut at any place.
-
-    Places are counted in units: samples, or tokens where `lengths` are given. A sample stands at the place where it
-    begins, so any partition of the stream into intervals holds every sample of every epoch once.
+    """The streams of one data set, one for each kind of sample, readable at any place.
 
     Attributes:
-        units: units of one epoch.
+        counts: (K,) int64 samples of each kind in an epoch.
     """
 
-    def __init__(self, seed: int, shards: np.ndarray, first_id: int, per_group: int, lengths: np.ndarray | None = None):
+    def __init__(self, seed: int, shards: np.ndarray, first_id: int, per_group: int, kinds: np.ndarray | None = None):
         """
         Args:
             seed: of the run, mixed with what tells this data set from others.
             shards: (n,) samples in each shard; the shards' ids follow one another.
             first_id: id of the first sample of the first shard.
             per_group: shards that are shuffled together.
-            lengths: (samples,) units of every sample, at least 1; None: one each.
+            kinds: (samples,) kind of every sample, from 0; None: all are of one.
         """
-        self.seed, self.per_group, self.lengths, self.first_id = seed, per_group, lengths, first_id
+        self.seed, self.per_group, self.first_id, self._kinds = seed, per_group, first_id, kinds
         self._starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
-        filled = shards > 0
-        self._sizes = np.asarray(shards, np.int64)
-        if lengths is None:
-            self._units = self._sizes
+        if kinds is None:
+            self._in_shards = np.asarray(shards, np.int64)[:, None]
         else:
-            self._units = np.zeros(len(shards), np.int64)
-            self._units[filled] = np.add.reduceat(lengths, self._starts[:-1][filled], dtype=np.int64)
-        self.units = int(self._units.sum())
+            number = int(kinds.max()) + 1
+            of_shards = [np.bincount(kinds[a:b], minlength=number) for a, b in pairwise(self._starts.tolist())]
+            self._in_shards = np.stack(of_shards).astype(np.int32)
+        self.counts = self._in_shards.sum(axis=0, dtype=np.int64)
+        self._before = np.cumsum(self.counts) - self.counts
         self._epoch: Callable[[int], tuple[np.ndarray, np.ndarray]] = lru_cache(EPOCHS_KEPT)(self._make_epoch)
         self._group: Callable[[int, int], tuple[np.ndarray, np.ndarray]] = lru_cache(GROUPS_KEPT)(self._make_group)
 
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return int(self._starts[-1])
+
     def take(self, start: int, stop: int) -> Drawn:
-        """The samples that begin at places start ≤ place < stop of the stream."""
-        ids, epochs = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for epoch in range(start // self.units, -(-stop // self.units)):
-            low, high = start - epoch * self.units, stop - epoch * self.units
+        """Samples start to stop − 1 of the stream of a data set of one kind."""
+        return self.at(np.zeros(stop - start, np.int64), np.arange(start, stop))
+
+    def at(self, kinds: np.ndarray, places: np.ndarray) -> Drawn:
+        """The samples at (n,) places of the streams of (n,) kinds."""
+        epochs, places = np.divmod(places, self.counts[kinds])
+        ids = np.empty(len(kinds), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            rows = np.flatnonzero(epochs == epoch)
             _, ends = self._epoch(epoch)
-            first = int(np.searchsorted(ends, max(low, 0), side="right"))
-            last = int(np.searchsorted(ends, min(high, self.units), side="left"))
-            for group in range(first, min(last, len(ends) - 1) + 1):
-                members, places = self._group(epoch, group)
-                a, b = np.searchsorted(places, (low, high), side="left")
-                ids.append(members[a:b])
-                epochs.append(np.full(b - a, epoch, np.int64))
-        return Drawn(np.concatenate(ids) + self.first_id, np.concatenate(epochs))
+            num_groups = len(ends) // len(self.counts)
+            counted = self._before[kinds[rows]] + places[rows]
+            groups = np.searchsorted(ends, counted, side="right") - kinds[rows] * num_groups
+            for group in np.unique(groups).tolist():
+                members, first = self._group(epoch, group)
+                here = groups == group
+                ids[rows[here]] = members[counted[here] - first[kinds[rows[here]]]]
+        return Drawn(ids + self.first_id, epochs)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and the place where each of its groups ends."""
-        shards = permute(self.seed, epoch, len(self._sizes), np.arange(len(self._sizes)))
-        last = np.arange(self.per_group, len(shards) + self.per_group, self.per_group).clip(max=len(shards)) - 1
-        return shards, np.cumsum(self._units[shards])[last]
+        """The epoch's order of shards, and where each kind's samples of each group end, all kinds one after another:
+        (kinds · groups,) ascending."""
+        shards = permute(self.seed, epoch, len(self._in_shards), np.arange(len(self._in_shards)))
+        in_groups = np.add.reduceat(self._in_shards[shards], np.arange(0, len(shards), self.per_group), dtype=np.int64)
+        return shards, np.cumsum(in_groups.T.ravel())
 
     def _make_group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples of a group in their order, counted from the first of the split, and the places of the epoch at
-        which they begin."""
+        """The samples of a group, counted from the first of the split, kind after kind and each in its order; and for
+        each kind what to subtract from a place to find it here. Places are counted as the ends of groups are."""
         shards, ends = self._epoch(epoch)
         chosen = shards[group * self.per_group : (group + 1) * self.per_group]
         members = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in chosen])
         mixed = int(_mix(np.uint64(group + 1))) ^ (self.seed & (2**64 - 1))
-        members = members[permute(mixed, epoch, len(members), np.arange(len(members)))] if len(members) else members
-        begin = int(ends[group - 1]) if group else 0
-        if self.lengths is None:
-            return members, begin + np.arange(len(members))
-        steps = np.cumsum(self.lengths[members], dtype=np.int64)
-        return members, begin + np.concatenate([[0], steps[:-1]]) if len(members) else steps
+        members = members[permute(mixed, epoch, len(members), np.arange(len(members)))]
+        if self._kinds is not None:
+            members = members[np.argsort(self._kinds[members], kind="stable")]
+        in_group = self._in_shards[chosen].sum(axis=0, dtype=np.int64)
+        ends_here = ends.reshape(len(self.counts), -1)[:, group]
+        return members, ends_here - np.cumsum(in_group)
 
 
 def permute(seed: int, epoch: int, num_samples: int, positions: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ SHORT = 16
 """Samples below 1/SHORT of the budget count as short: they fill gaps."""
 
 
-def pack_window(lengths: np.ndarray, packs: int, budget: int) -> tuple[list[list[int]], bool]:
+def pack_window(lengths: np.ndarray, packs: int, budget: int) -> list[list[int]] | None:
     """Shares samples out over packs.
 
     Args:
@@ -27,31 +27,18 @@ def pack_window(lengths: np.ndarray, packs: int, budget: int) -> tuple[list[list
         budget: tokens that a pack may have.
 
     Returns:
-        For each pack the places of its samples in `lengths`, every place once; and whether all packs keep to the
-        budget. Where the samples do not fit, the shortest go over it in the emptiest packs, rather than be lost.
+        For each pack the places of its samples in `lengths`, every place once; None where no way was found.
     """
     order = np.argsort(-lengths, kind="stable")
-    best: tuple[list[list[int]], list[int]] | None = None
     for short in (budget // SHORT, budget // 4, budget + 1):
         long = int(np.searchsorted(-lengths[order], -short, side="right"))
         dealt = _deal_long(lengths, order[:long], packs, budget)
         if dealt is None:
             continue
         made, room = dealt
-        left = _fill(lengths, order[long:], made, room)
-        if not left:
-            return made, True
-        if best is None or lengths[left].sum() < lengths[best[1]].sum():
-            best = made, left
-    assert best is not None, "first-fit decreasing deals out nothing beforehand"
-    made, left = best
-    loads = [(int(lengths[p].sum()), i) for i, p in enumerate(made)]
-    heapq.heapify(loads)
-    for sample in left:
-        load, i = heapq.heappop(loads)
-        made[i].append(sample)
-        heapq.heappush(loads, (load + int(lengths[sample]), i))
-    return made, False
+        if not _fill(lengths, order[long:], made, room):
+            return made
+    return None
 
 
 def _deal_long(

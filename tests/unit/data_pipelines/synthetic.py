@@ -23,17 +23,21 @@ def make_set(
     per_shard: int = 7,
     heldout: int = 0,
     seed: int = 0,
+    by_length: bool = False,
 ) -> Dataset:
-    """An encoded data set of `count` samples without text, their shapes drawn from `shapes`."""
+    """An encoded data set of `count` samples without text, their shapes drawn from `shapes`; the first shape's samples
+    come first if `by_length`, else all mixed."""
     rng = np.random.default_rng(seed)
     writer = DatasetWriter(out, {"synthetic": [count, modality, seed]}, overwrite=False, resume=False)
     names = []
+    drawn = rng.integers(len(shapes), size=count)
+    drawn = np.sort(drawn) if by_length else drawn
     for split, number in (("train", count - heldout), ("heldout", heldout)):
         for start in range(0, number, per_shard):
             name = f"{split}-{start // per_shard:06d}"
             samples = []
             for i in range(start, min(start + per_shard, number)):
-                shape = shapes[rng.integers(len(shapes))]
+                shape = shapes[drawn[i]]
                 files = {
                     "txt": b"noise",
                     "json": b"{}",
@@ -46,10 +50,12 @@ def make_set(
     return writer.finish({**info, "text": None, "channels": shapes[0][0], "factor": 1}, names, [])
 
 
-def recipe_for(sets: dict[str, float], *, accumulation: int = 1, patch_size: int = 2, **data: object) -> Recipe:
+def recipe_for(
+    sets: dict[str, float], *, accumulation: int = 1, patch_size: int = 2, model: dict | None = None, **data: object
+) -> Recipe:
     """A recipe that trains on such sets."""
     return Recipe(
-        model=ModelConfig(modalities={"image": 3, "video": 3}, patch_size=patch_size, text_dim=0),
+        model=ModelConfig(modalities={"image": 3, "video": 3}, patch_size=patch_size, text_dim=0, **(model or {})),
         data=DataConfig(sets=sets, **data),  # type: ignore[arg-type]
         train=TrainConfig(accumulation=accumulation, device="cpu"),
     )

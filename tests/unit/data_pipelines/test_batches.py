@@ -41,7 +41,8 @@ def pairs(parts: list[Part]) -> list[tuple[int, int]]:
 def test_no_sample_is_lost_or_repeated(sets, data):
     made = batches(sets, **data, shuffle_shards=3)
     seen: Counter[tuple[int, int]] = Counter()
-    for k in range(120):
+    whole_windows = 3 * (made.windows.packs // made.batch) if made.budget else 120
+    for k in range(whole_windows):
         seen.update(pairs(made.batch_of(k)))
     assert set(seen.values()) == {1}, "a sample comes once in an epoch"
     for member in made.mixture.members:
@@ -86,15 +87,25 @@ def test_shares_are_even_over_short_stretches():
     assert taken[1000].tolist() == [500, 200, 300]
 
 
-def test_packs_are_full_and_hold_their_budget_but_for_rare_windows_that_do_not_fit(sets):
+def test_packs_are_full_and_alike_and_never_go_over_their_budget(sets):
     made = batches(sets, batch_size=8, pack_tokens=600)
     packs = [p for k in range(96) for p in made.batch_of(k)]
     loads = np.array([p.tokens.sum() for p in packs])
-    assert (loads > 600).mean() <= 0.05 and loads.max() <= 1.02 * 600 and loads.mean() > 0.98 * 600
-    assert made.fill > 0.98
+    assert loads.max() <= 600 and loads.mean() > 0.98 * 600
+    assert made.windows.fill > 0.98
     costs = np.array([p.cost for p in packs])
     assert costs.max() < 1.6 * costs.mean()
     assert [p.ids.tolist() for p in made.batch_of(3)] != [p.ids.tolist() for p in made.batch_of(4)]
+
+
+def test_no_window_is_special_where_shards_are_sorted_by_length(tmp_path):
+    """All short samples in the first shards, all long ones in the last: a stretch of such a stream packs badly."""
+    made_of = make_set(tmp_path / "sorted", 120, shapes=[(3, 1, 2 * n, 2 * n) for n in (1, 2, 5, 7)], by_length=True)
+    made = batches({str(made_of.path): 1.0}, batch_size=4, pack_tokens=64, shuffle_shards=1)
+    loads = np.array([[p.tokens.sum() for p in made.batch_of(k)] for k in range(128)])
+    assert loads.max() <= 64
+    longest = [max(p.tokens.max() for p in made.batch_of(k)) for k in range(128)]
+    assert np.mean(np.array(longest) == 56) > 0.9, "long samples come at any time"
 
 
 def test_held_out_samples_stay_out(sets):
@@ -132,11 +143,11 @@ from flagdit.data_pipelines.mixture import Mixture
 from tests_synthetic import recipe_for
 path, pack_tokens = sys.argv[1], int(sys.argv[2])
 recipe = recipe_for({path: 1.0}, batch_size=256, pack_tokens=pack_tokens)
-start = time.perf_counter()
+start = time.process_time()
 made = Batches(recipe, Mixture({path: 1.0}))
 k = 39062 if not pack_tokens else 10**7 * 40 // (pack_tokens * 256)
 samples = sum(len(p) for p in made.batch_of(k))
-print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, samples]))
+print(json.dumps([time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, samples]))
 """
 
 
@@ -149,7 +160,7 @@ def giant(tmp_path_factory) -> Path:
 def test_continuing_at_sample_ten_million_takes_no_time_and_little_memory(giant, tmp_path: Path, pack_tokens: int):
     (tmp_path / "tests_synthetic.py").write_text((Path(__file__).parent / "synthetic.py").read_text())
     best = [9.0, 9.0, 0]
-    for _ in range(3):  # other processes may hold the machine: the best of three
+    for _ in range(3):  # in seconds of the processor, since others may hold the machine; the best of three
         done = subprocess.run(
             [sys.executable, "-c", CONTINUE, str(giant), str(pack_tokens)], capture_output=True, text=True, check=True,
             env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}", "OMP_NUM_THREADS": "1", "PATH": ""},
@@ -158,7 +169,7 @@ def test_continuing_at_sample_ten_million_takes_no_time_and_little_memory(giant,
         if best[0] < 1:
             break
     seconds, gib, samples = best
-    assert seconds < 1 and gib < 1, (seconds, gib)
+    assert seconds < 1 and gib < 1
     assert samples == 256 or (pack_tokens and samples > 20_000)
 
 

@@ -16,29 +16,36 @@ def test_each_epoch_is_a_permutation(n: int):
     assert n < 7 or len(set(seen)) == 6, "another epoch or seed is another order"
 
 
+SHARDS = np.array([5, 1, 0, 8, 3, 3, 7])
+
+
 @pytest.mark.parametrize("per_group", [1, 2, 3, 100])
-@pytest.mark.parametrize("with_lengths", [False, True])
-def test_any_cut_of_the_stream_holds_every_sample_of_every_epoch_once(per_group: int, with_lengths: bool):
-    rng = np.random.default_rng(0)
-    shards = np.array([5, 1, 0, 8, 3, 3, 7])
-    lengths = rng.integers(1, 9, shards.sum()) if with_lengths else None
-    order = SetOrder(3, shards, 100, per_group, lengths)
-    assert order.units == (lengths.sum() if with_lengths else 27)
-    whole = order.take(0, 3 * order.units)
+def test_any_cut_of_the_stream_holds_every_sample_of_every_epoch_once(per_group: int):
+    order = SetOrder(3, SHARDS, 100, per_group)
+    assert len(order) == 27
+    whole = order.take(0, 3 * 27)
     for epoch in range(3):
         assert sorted(whole.ids[whole.epochs == epoch]) == list(range(100, 127))
-    cuts = np.sort(rng.choice(3 * order.units, 20, replace=False))
-    pieces = [order.take(a, b) for a, b in zip([0, *cuts], [*cuts, 3 * order.units], strict=True)]
+    cuts = np.sort(np.random.default_rng(0).choice(3 * 27, 20, replace=False))
+    pieces = [order.take(a, b) for a, b in zip([0, *cuts], [*cuts, 3 * 27], strict=True)]
     assert np.concatenate([p.ids for p in pieces]).tolist() == whole.ids.tolist()
     assert np.concatenate([p.epochs for p in pieces]).tolist() == whole.epochs.tolist()
 
 
-def test_a_stretch_of_tokens_is_as_long_as_asked_but_for_one_sample():
-    lengths = np.random.default_rng(1).integers(1, 50, 1000)
-    order = SetOrder(0, np.array([250] * 4), 0, 2, lengths)
-    for start in range(0, 60_000, 977):
-        drawn = order.take(start, start + 977)
-        assert abs(int(lengths[drawn.ids].sum()) - 977) < 50
+@pytest.mark.parametrize("per_group", [1, 2, 3, 100])
+def test_the_samples_of_a_kind_are_a_stream_in_the_order_of_the_set(per_group: int):
+    kinds = np.random.default_rng(0).choice(4, SHARDS.sum(), p=[0.5, 0.3, 0.15, 0.05])
+    order, plain = SetOrder(3, SHARDS, 100, per_group, kinds), SetOrder(3, SHARDS, 100, per_group)
+    assert order.counts.tolist() == np.bincount(kinds, minlength=4).tolist()
+    asked = [(kind, place) for kind, n in enumerate(order.counts) for place in range(3 * n)]
+    shuffled = np.array(asked)[permute(0, 0, len(asked), np.arange(len(asked)))]
+    drawn = order.at(shuffled[:, 0], shuffled[:, 1])
+    found = {tuple(a): (e, i) for a, e, i in zip(shuffled.tolist(), drawn.epochs, drawn.ids, strict=True)}
+    whole = plain.take(0, 3 * 27)
+    for kind in range(4):
+        own = kinds[whole.ids - 100] == kind
+        expected = list(zip(whole.epochs[own].tolist(), whole.ids[own].tolist(), strict=True))
+        assert [found[a] for a in asked if a[0] == kind] == expected
 
 
 def test_reads_stay_within_a_group_of_shards():

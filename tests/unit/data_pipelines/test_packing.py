@@ -10,13 +10,13 @@ from flagdit.data_pipelines.packing import deal, pack_window
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=200), st.integers(1, 30), st.integers(100, 300))
 @settings(max_examples=150, deadline=None)
-def test_every_sample_is_in_one_pack(lengths: list[int], packs: int, budget: int):
-    made, fits = pack_window(np.array(lengths), packs, budget)
-    assert len(made) == packs and sorted(i for p in made for i in p) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in p) for p in made]
-    assert fits == (max(loads) <= budget)
-    if sum(lengths) > packs * budget:
-        assert not fits
+def test_every_sample_is_in_one_pack_and_no_pack_goes_over_its_budget(lengths: list[int], packs: int, budget: int):
+    made = pack_window(np.array(lengths), packs, budget)
+    if made is None:
+        assert sum(lengths) > 0.6 * packs * budget, "first-fit decreasing fills more than that"
+    else:
+        assert len(made) == packs and sorted(i for p in made for i in p) == list(range(len(lengths)))
+        assert max(sum(lengths[i] for i in p) for p in made) <= budget
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=150), st.integers(60, 200))
@@ -29,24 +29,19 @@ def test_what_first_fit_decreasing_can_pack_is_packed(lengths: list[int], budget
             rooms.append(budget - n)
         else:
             rooms[place] -= n
-    assert pack_window(np.array(lengths), len(rooms), budget)[1]
+    assert pack_window(np.array(lengths), len(rooms), budget)
 
 
 def test_packs_cost_alike():
     rng = np.random.default_rng(0)
     lengths = rng.choice([64, 256, 1024, 4096], 4000, p=[0.4, 0.3, 0.2, 0.1])
     packs = int(lengths.sum() / (16384 * 0.99)) + 1
-    made, fits = pack_window(lengths, packs, 16384)
+    made = pack_window(lengths, packs, 16384)
+    assert made is not None
     costs = np.array([(lengths[p] ** 2).sum() for p in made])
-    assert fits and costs.max() < 1.25 * costs.mean()
+    assert costs.max() < 1.25 * costs.mean()
     by_decreasing = np.sort(lengths)[::-1]
     assert (by_decreasing[:4] ** 2).sum() > 1.5 * costs.mean(), "first-fit decreasing would begin with this pack"
-
-
-def test_what_does_not_fit_goes_over_by_the_shortest():
-    made, fits = pack_window(np.array([60, 60, 50, 5]), 2, 100)
-    loads = sorted(sum([60, 60, 50, 5][i] for i in p) for p in made)
-    assert not fits and sum(loads) == 175 and len([i for p in made for i in p]) == 4
 
 
 @pytest.mark.parametrize(("items", "micro", "ranks"), [(24, 1, 8), (24, 3, 4), (64, 2, 8), (8, 8, 1), (1, 1, 1)])
