@@ -30,7 +30,7 @@ from flagdit.errors import DataError
 from .synthetic import make_set, recipe_for
 
 LIMITS = LimitsConfig(
-    max_pixels=100_000, max_frames=50, max_seconds=2, max_sample_bytes=200_000, max_caption=500, sample_seconds=2
+    max_pixels=100_000, max_frames=50, max_seconds=2, max_sample_bytes=200_000, max_caption=500, sample_seconds=10
 )
 CANARY = "executed"
 
