@@ -20,13 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from _conditions import write_result
+from _peers import PEERS, installed
 from PIL import Image
 
 from flagdit.config.schema import DataConfig, ModelConfig, Recipe, TrainConfig
@@ -56,21 +56,6 @@ def write_latents(root: Path, shape: tuple[int, int, int, int], count: int) -> N
         writer.put(names[-1], samples)
     info = {"kind": "encoded", "modality": "image", "source": "noise", "licence": "", "channels": shape[0], "factor": 1}
     writer.finish({**info, "codec": {"kind": "haar", "channels": 12, "factor": 2}, "text": None}, names, [])
-    if find_spec("streaming"):
-        from streaming import MDSWriter
-
-        columns = {"latent": f"ndarray:float32:{','.join(map(str, shape))}", "txt": "str"}
-        with MDSWriter(out=str(root / "mds"), columns=columns, size_limit=1 << 26) as mds:
-            for i in range(count):
-                mds.write({"latent": arrays[i % 64], "txt": f"caption {i}"})
-    if find_spec("litdata"):
-        from litdata.streaming.writer import BinaryWriter
-
-        lit = BinaryWriter(str(root / "lit"), chunk_bytes=1 << 26)
-        for i in range(count):
-            lit[i] = {"latent": torch.from_numpy(arrays[i % 64]), "txt": f"caption {i}"}
-        lit.done()
-        lit.merge()
 
 
 def ours(root: Path, channels: int, workers: int) -> Iterator:
@@ -87,43 +72,6 @@ def ours(root: Path, channels: int, workers: int) -> Iterator:
         yield sum(len(p.segments) for p in packs)
 
 
-def _collate(samples: list) -> int:
-    latents = torch.stack([torch.as_tensor(s[0]) for s in samples])
-    return len(latents)
-
-
-def webdataset_loader(root: Path, workers: int) -> Iterator:
-    import webdataset
-
-    urls = sorted(str(p) for p in (root / "ours/shards").glob("*.tar"))
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls), resampled=True).shuffle(1000).decode()
-    data = data.to_tuple("latent.npy", "txt").batched(BATCH, collation_fn=_collate)
-    yield from webdataset.WebLoader(data, batch_size=None, num_workers=workers)
-
-
-def streaming_loader(root: Path, workers: int) -> Iterator:
-    from streaming import StreamingDataset
-
-    data = StreamingDataset(local=str(root / "mds"), shuffle=True, batch_size=BATCH)
-    pairs = partial(_collate_named, name="latent")
-    while True:
-        yield from torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=pairs)
-
-
-def litdata_loader(root: Path, workers: int) -> Iterator:
-    from litdata import StreamingDataLoader, StreamingDataset
-
-    data = StreamingDataset(str(root / "lit"), shuffle=True)
-    pairs = partial(_collate_named, name="latent")
-    while True:
-        yield from StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=pairs)
-
-
-def _collate_named(samples: list, name: str) -> int:
-    # Copies, as the arrays may be read-only views of a mapped shard.
-    return len(torch.stack([torch.from_numpy(np.array(s[name])) for s in samples]))
-
-
 def rate(loader: Iterator, seconds: float) -> float:
     """Samples per second once it runs."""
     for _ in islice(loader, 3):
@@ -136,16 +84,14 @@ def rate(loader: Iterator, seconds: float) -> float:
 
 def latents(name: str, rounds: int, workers: int, seconds: float) -> float:
     shape = SIZES[name]
-    peers: dict[str, Callable[[Path, int], Iterator]] = {"webdataset": webdataset_loader}
-    if find_spec("streaming"):
-        peers["streaming"] = streaming_loader
-    if find_spec("litdata"):
-        peers["litdata"] = litdata_loader
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_latents(root, shape, 4000 if math.prod(shape) < 10_000 else 1500)
-        loaders: dict[str, Loader] = {n: partial(p, root, workers) for n, p in peers.items()}
-        return compare(name, {"flagdit": partial(ours, root, shape[0], workers), **loaders}, rounds, seconds)
+        loaders: dict[str, Loader] = {"flagdit": partial(ours, root, shape[0], workers)}
+        for peer in installed():
+            peer.write(root, shape)
+            loaders[peer.name] = partial(peer.load, root, workers, BATCH)
+        return compare(name, loaders, rounds, seconds)
 
 
 def compare(name: str, loaders: dict[str, Loader], rounds: int, seconds: float) -> float:
@@ -212,21 +158,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write figures and conditions to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    missing = [n for n in ("streaming", "litdata", "megatron.energon") if not _there(n)]
+    missing = [p.name for p in PEERS if p not in installed()]
     print(f"not installed: {', '.join(missing) or 'none'}")
     figures = {f"{n}_ratio": round(latents(n, args.rounds, args.workers, args.seconds), 3) for n in SIZES}
     decode, psnr = jpegs(args.rounds)
     figures |= {"jpeg_ratio": round(decode, 3), "jpeg_psnr": round(psnr, 2)}
     if args.out:
-        write_result(args.out, figures, ("torch", "webdataset"), workers=args.workers, missing=missing)
+        write_result(
+            args.out, figures, ("torch", *(p.package for p in installed())), workers=args.workers, missing=missing
+        )
     print(json.dumps(figures))
-
-
-def _there(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """One tiny model on pictures, clips, views and sounds at once, through the commands that a user would type.
 
-    flagdit bench joint [--steps 500]
+    flagdit bench joint [--steps 400]
 
 Builds and encodes the data, trains recipes/joint/quickstart.yaml and samples each modality: a picture grid, a clip, a
-view sheet and a sound. The last line is one JSON object: first and last held-out loss, the waste of the packs, seconds.
+view sheet and a sound. The last line is one JSON object: first and last loss, held-out loss, seconds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def flagdit(arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="train.steps")
+    parser.add_argument("--steps", type=int, default=400, help="train.steps")
     parser.add_argument("--out", type=Path, help="also write figures and conditions to this file")
     args = parser.parse_args()
     start = time.perf_counter()

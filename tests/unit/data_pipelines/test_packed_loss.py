@@ -7,8 +7,8 @@ import torch
 from flagdit.data_pipelines.batches import Batches
 from flagdit.data_pipelines.mixture import Mixture
 from flagdit.data_pipelines.packs import PackReader
-from flagdit.flow.noise import draw_noise
 from flagdit.flow.objective import FlowMatching
+from flagdit.flow.path import draw_path
 from flagdit.flow.timesteps import draw_timesteps
 from flagdit.model.flag_dit import FlagDiT
 from flagdit.model.initialize import initialize
@@ -34,9 +34,9 @@ def test_the_loss_of_a_packed_sample_is_its_loss_alone(tmp_path, keys):
     def losses(part) -> torch.Tensor:
         (pack,) = reader[0, [part]].packs
         objective = FlowMatching(recipe.flow)
-        times = draw_timesteps(pack, recipe.flow, recipe.seed)
+        path = draw_path(pack, draw_timesteps(pack, recipe.flow, recipe.seed), recipe.seed)
         with torch.no_grad():
-            return objective.loss(model, pack, draw_noise(pack, recipe.seed), times).per_sample_S
+            return objective.loss(model, pack, path).per_sample_S
 
     packs = batches.batch_of(0)
     assert np.mean([len(p) for p in packs]) > 5 and len({n for p in packs for n in p.tokens.tolist()}) > 3
