@@ -14,23 +14,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SHORT = 16
-"""Samples below 1/SHORT of the budget count as short: they fill gaps."""
+WAYS = EVEN, LESS_EVEN, FULL = 16, 4, 0
+"""How to pack: the more samples are dealt out by cost, the more alike packs are, and the harder to fill."""
 
 
-def pack_window(lengths: np.ndarray, packs: int, budget: int) -> list[list[int]] | None:
+def pack_window(lengths: np.ndarray, packs: int, budget: int, ways: Sequence[int] = WAYS) -> list[list[int]] | None:
     """Shares samples out over packs.
 
     Args:
         lengths: (n,) tokens of each sample, none above the budget.
         packs: how many to make.
         budget: tokens that a pack may have.
+        ways: to try, one after another: samples below 1/way of the budget fill gaps, the others are dealt out.
 
     Returns:
         For each pack the places of its samples in `lengths`, every place once; None where no way was found.
     """
     order = np.argsort(-lengths, kind="stable")
-    for short in (budget // SHORT, budget // 4, budget + 1):
+    for short in (budget // way if way else budget + 1 for way in ways):
         long = int(np.searchsorted(-lengths[order], -short, side="right"))
         dealt = _deal_long(lengths, order[:long], packs, budget)
         if dealt is None:

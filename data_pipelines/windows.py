@@ -12,16 +12,20 @@ sample is drawn at its own rate, evenly, and how often it was drawn before is fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from flagdit.data_pipelines.packing import pack_window
+from flagdit.data_pipelines.packing import EVEN, LESS_EVEN, WAYS, pack_window
 
 BITS = 32
 """Of the fraction of a stratum: numbers of windows and places in strata are exact integers in units of 2⁻³²."""
 ONE = np.int64(1) << BITS
 JOINED = 0.002 / 512
 """Share of a data set's tokens that a kind of several lengths may waste by counting all of them as the longest."""
-UNFILLED = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5)
+LITTLE = (0.001, 0.002, 0.004, 0.008)
+UNFILLED = (*LITTLE, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5)
+"""Shares of the budget to leave empty. Packs that cost alike are worth a little."""
 REFINED = 4
 
 
@@ -70,7 +74,7 @@ class Windows:
         assert (np.diff(lengths) <= 0).all() and lengths[0] <= budget
         self.packs, self._lengths, self._shares = packs, lengths, shares
         mean = float(lengths @ shares)
-        number, made = self._most_that_fit(int(packs * budget / mean), budget)
+        number, made = self._choose(int(packs * budget / mean), budget)
         self._ends = self._ends_of(number)
         self.slots = lengths[self.kinds(0)]
         self.fill = number * mean / (packs * budget)
@@ -101,30 +105,45 @@ class Windows:
         ends[-1] = number * ONE
         return ends
 
-    def _most_that_fit(self, most: int, budget: int) -> tuple[int, list[list[int]]]:
-        """The largest number of strata, up to `most`, whose slots go into the packs, nearly; and the packs."""
+    def _choose(self, most: int, budget: int) -> tuple[int, list[list[int]]]:
+        """How many strata, up to `most`, and the packs of their slots: alike in cost, where these are full enough."""
+        choices: list[tuple[Sequence[int], Sequence[float]]] = [
+            ([EVEN], LITTLE),
+            ([LESS_EVEN], LITTLE),
+            (WAYS, UNFILLED),
+        ]
+        for ways, unfilled in choices:
+            if (found := self._most_that_fit(most, budget, ways, unfilled)) is not None:
+                return found
+        return self.packs, [[i] for i in range(self.packs)]
+
+    def _most_that_fit(
+        self, most: int, budget: int, ways: Sequence[int], unfilled: Sequence[float]
+    ) -> tuple[int, list[list[int]]] | None:
+        """Nearly the largest number of strata whose slots go into the packs in one of these ways; None: none of those
+        that leave such shares unfilled."""
 
         def packed(number: int) -> list[list[int]] | None:
             self._ends = self._ends_of(number)
-            return pack_window(self._lengths[self.kinds(0)], self.packs, budget)
+            return pack_window(self._lengths[self.kinds(0)], self.packs, budget, ways)
 
-        too_many = most + 1
-        for unfilled in UNFILLED:
-            number = max(int(most * (1 - unfilled)), self.packs)
-            if (made := packed(number)) is not None:
+        too_many, fitting = most + 1, None
+        for share in unfilled:
+            number = max(int(most * (1 - share)), self.packs)
+            if (fitting := packed(number)) is not None:
                 break
             too_many = number
-        else:
-            number, made = self.packs, [[i] for i in range(self.packs)]
+        if fitting is None:
+            return None
         for _ in range(REFINED):
             middle = (number + too_many) // 2
             if middle == number:
                 break
             if (better := packed(middle)) is not None:
-                number, made = middle, better
+                number, fitting = middle, better
             else:
                 too_many = middle
-        return number, made
+        return number, fitting
 
 
 def _van_der_corput(w: int) -> int:

@@ -54,6 +54,13 @@ def test_lengths_that_divide_the_budget_fill_it():
     assert made.fill > 0.998
 
 
+def test_packs_cost_alike_where_that_leaves_little_unfilled():
+    lengths = np.array([4096, 1024, 256, 64])
+    made = Windows(lengths, np.array([0.1, 0.2, 0.3, 0.4]), 256, 16384)
+    costs = np.bincount(made.pack_of_slot, made.slots.astype(float) ** 2)
+    assert made.fill > 0.99 and costs.max() < 1.2 * costs.mean()
+
+
 def test_samples_of_few_lengths_are_kinds_of_one_length():
     tokens = np.array([5, 9, 5, 7, 9, 5])
     kinds, lengths = kinds_of(tokens)
