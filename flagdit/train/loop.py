@@ -172,6 +172,10 @@ def leave(run: Run, hooks: list[Hook], number: int) -> None:
         if isinstance(hook, SaveCheckpoint):
             hook.save(run)
     run.display.note(f"stopped at step {run.step} of {run.recipe.train.steps}; the same command continues")
+    if run.wandb:
+        run.wandb.close()
+        run.wandb = None
+    run.engine.mesh.largest(0)  # a launcher may kill the others as soon as one rank is gone: rank 0 is done by now
     raise SystemExit(128 + number)
 
 

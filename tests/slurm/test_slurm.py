@@ -12,7 +12,7 @@ from flagdit.launch import monitor, scheduler
 from flagdit.launch.slurm import launch_encoding, launch_training
 from flagdit.train.loop import train
 
-STEPS = 600
+STEPS = 400
 LONG = {"train__steps": STEPS, "checkpoint__every": 50}
 
 
