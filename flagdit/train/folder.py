@@ -7,7 +7,7 @@ runs/NAME/
     environment.jsonl   one JSON object per start: versions, hardware, command line
     checkpoints/        step_00001000/ …
     samples/            step_00001000.png … picture grids
-    wandb/              offline files for `wandb sync`
+    wandb/              offline files for `wandb sync`; parts/ holds what `flagdit wandb` has merged
     logs/               what each rank wrote, where `flagdit launch` started it
     slurm/              what `flagdit launch slurm` submitted, and what became of it
     report.html         the page about the run
