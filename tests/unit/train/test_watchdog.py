@@ -125,6 +125,7 @@ with watchdog.Watchdog(Path(sys.argv[1]), 0, 2, 0.6) as dog:
     dog.beat(0, "data")
     dog.beat(0, "step")
     native(1.4)
+    dog.beat(1, "data")
     dog.beat(1, "hooks")
     end = time.monotonic() + 1.4
     while time.monotonic() < end:
