@@ -119,6 +119,7 @@ import sys, time
 from pathlib import Path
 from flagdit.train import watchdog
 
+watchdog.EXCHANGE = 0.1
 native = time.sleep  # one call outside Python, as of a compiler or of a write
 
 with watchdog.Watchdog(Path(sys.argv[1]), 0, 2, 0.6) as dog:
@@ -137,7 +138,6 @@ with watchdog.Watchdog(Path(sys.argv[1]), 0, 2, 0.6) as dog:
     dog.beat(1, "data")
     dog.beat(1, "step")
     if sys.argv[2] == "stuck":
-        watchdog.EXCHANGE = 0.5
         native(60)
 """
 
