@@ -44,7 +44,7 @@ def encode_dataset(
         src: folder of the raw data set.
         out: folder of the encoded one.
         recipe: its codec, text and model.text_dim (0: no text features) are used.
-        dtype: fp32 or fp16, on disk; auto: fp32 for what is exact or small (invertible codecs, the embedded text
+        dtype: fp32, fp16 or bf16, on disk; auto: fp32 for what is exact or small (invertible codecs, the embedded text
             encoder), fp16 for what a folder's model makes.
         workers: processes; 0: this one. Each holds the models.
         device: of the models; auto: cuda where there is one.

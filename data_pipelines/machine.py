@@ -24,12 +24,12 @@ from flagdit.data_pipelines.index import Dataset, text_member
 from flagdit.data_pipelines.progress import Advance
 from flagdit.data_pipelines.readers import READERS
 from flagdit.data_pipelines.records import Rejected
-from flagdit.data_pipelines.shards import Sample, npy_bytes
+from flagdit.data_pipelines.shards import BF16, Sample, npy_bytes
 from flagdit.data_pipelines.user_files import time_limit
 from flagdit.data_pipelines.writer import DatasetWriter
 from flagdit.errors import DataError
 
-DTYPES = {"fp32": np.float32, "fp16": np.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURED = 16  # samples on which the error of the dtype is measured
 
 
@@ -87,7 +87,7 @@ class Machine:
                 exact = self.latent(sample_id).double()
             except DataError:
                 continue  # in the ledger by now
-            stored = torch.from_numpy(exact.float().numpy().astype(dtype)).double()
+            stored = exact.to(dtype).double()
             wrong += (stored - exact).square().sum().item()
             whole += exact.square().sum().item()
         return round((wrong / whole) ** 0.5, 9) if whole else 0.0
@@ -122,8 +122,7 @@ class Machine:
 
 
 def _cast(x: Tensor, dtype: str, what: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        array = x.numpy().astype(DTYPES[dtype])
-    if not np.isfinite(array).all():
+    cast = x.to(DTYPES[dtype])
+    if not torch.isfinite(cast).all():
         raise DataError(f"its {what} is not finite in {dtype}")
-    return array
+    return cast.contiguous().view(torch.int16).numpy().view(BF16) if dtype == "bf16" else cast.numpy()

@@ -26,6 +26,7 @@ from flagdit.errors import DataError
 
 BLOCK = 512
 OPEN_FILES = 64
+BF16 = np.dtype("V2")  # how bfloat16 stands in .npy files, here as in other projects
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,8 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def read_npy(view: memoryview) -> np.ndarray:
     """A plain numeric .npy file as a read-only array on the same memory; allocates nothing that its header promises.
 
+    Two bytes of no type are bfloat16, which numpy does not know, and come as fp32.
+
     Raises:
         DataError: not such a file, or its size is not that of its header.
     """
@@ -208,11 +211,13 @@ def read_npy(view: memoryview) -> np.ndarray:
         magic, version, length = struct.unpack_from("<6sHH", view)
         dtype, shape, fortran = _npy_header(bytes(view[10 : 10 + length]))
         content = view[10 + length :]
-        if magic != b"\x93NUMPY" or version != 1 or fortran or dtype.kind not in "fiu":
+        if magic != b"\x93NUMPY" or version != 1 or fortran or (dtype.kind not in "fiu" and dtype != BF16):
             raise DataError("not a plain numeric .npy file")
         count = int(np.prod(shape, dtype=object))
         if min(shape, default=0) < 0 or count * dtype.itemsize != len(content):
             raise DataError(f"a .npy file of {len(content)} bytes for shape {shape} of {dtype}")
+        if dtype == BF16:
+            return (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
         return np.frombuffer(content, dtype).reshape(shape)
     except DataError:
         raise

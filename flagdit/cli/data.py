@@ -52,7 +52,7 @@ def encode(
     recipe: Annotated[str, typer.Option(help="Its codec and text blocks say how.")],
     overrides: Overrides = None,
     dtype: Annotated[
-        str, typer.Option(help="On disk: fp32, fp16; auto: fp16 for what a folder's model makes.")
+        str, typer.Option(help="On disk: fp32, fp16, bf16; auto: fp16 for what a folder's model makes.")
     ] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one. Each holds the models.")] = 0,
     device: Annotated[str, typer.Option(help="Of the models: cpu, cuda; auto: cuda where there is one.")] = "auto",

@@ -72,6 +72,17 @@ def test_a_chosen_dtype_is_kept(emoji_raw: Path, tmp_path: Path):
         encode_dataset(emoji_raw, tmp_path / "other", Recipe(), dtype="fp8")
 
 
+def test_bfloat16_is_read_back_as_it_was_rounded_and_its_error_measured(emoji_raw: Path, tmp_path: Path):
+    recipe = Recipe(codec=CodecConfig(kind="haar"))
+    exact, half, brain = (encode_dataset(emoji_raw, tmp_path / d, recipe, dtype=d) for d in ("fp32", "fp16", "bf16"))
+    for i in range(len(exact)):
+        want, got = exact.read(i), brain.read(i)
+        assert torch.equal(got.latent_CFHW, want.latent_CFHW.bfloat16().float())
+        assert torch.equal(got.text_LY, want.text_LY.bfloat16().float())
+    assert brain.columns["nbytes"].sum() < 0.7 * exact.columns["nbytes"].sum()
+    assert exact.info["dtype_error"] == 0 < half.info["dtype_error"] < 5e-4 < brain.info["dtype_error"] < 4e-3
+
+
 class Killed(BaseException):
     pass
 
