@@ -38,11 +38,13 @@ EXPORT = (
     "export_run(root / 'run', root / 'out', '{}', Options(parts=2, encoders=False))"
 )
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 root = Path(sys.argv[1])
 {step}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss, which remembers the process that started this one.
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) * 1024)
 """
 
 
