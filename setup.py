@@ -27,6 +27,7 @@ setup(
         "megatron-core==0.16.1",
         "wandb>=0.19",
         "safetensors>=0.5",
+        "xxhash>=3.2",
         "pillow>=10",
         "transformers>=4.51",
         "diffusers>=0.33",

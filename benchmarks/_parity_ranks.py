@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from _shards import gathered
 from safetensors.torch import save_file
 
 from flagdit.batch import PackedBatch, PackedText, Segment
@@ -171,11 +172,10 @@ def packs(recipe: Recipe, step: int, parts: int) -> list[PackedBatch]:
 
 def randomize(engine: Engine, seed: int = 7) -> None:
     """Gives parameters that start at zero values too, else most gradients would be zero."""
-    whole = engine.mesh.from_first({name: tuple(t.shape) for name, t in engine.gather(engine.weights()).items()})
     generator = torch.Generator().manual_seed(seed)
-    values = {n: 0.2 * torch.randn(shape, generator=generator) + ("norm" in n) for n, shape in sorted(whole.items())}
-    moments = {f"{n}.{m}": torch.zeros(shape) for n, shape in whole.items() for m in ("exp_avg", "exp_avg_sq")}
-    engine.load({"model": values, "optimizer": {**moments, "step": torch.zeros(())}})
+    for name, shard in sorted(engine.state()["model"].items()):
+        shard.fill(0.2 * torch.randn(shard.shape, generator=generator) + ("norm" in name))
+    engine.restored()
 
 
 def random_value(name: str, shape: torch.Size) -> torch.Tensor:
@@ -224,14 +224,16 @@ def run(case: Case, mesh: ParallelContext) -> tuple[dict[str, list[float]], dict
         numbers["loss"].append(accumulate(engine, recipe, mine(step)))
         numbers["grad_norm"].append(engine.grad_norm().item())
         if step == 0:
-            gathered = engine.gather({n: g.float() for n, g in engine.gradients().items()})
-            tensors |= {f"gradient {n}": g.clone() for n, g in gathered.items()}
+            gradients = engine.shards({n: g.float() for n, g in engine.gradients().items()})
+            tensors |= {f"gradient {n}": g for n, g in gathered(mesh, gradients).items()}
         engine.step(lr=recipe.optimizer.lr)
         emas.update(step)
         if step == 1:
             numbers["ema_loss"].append(held_out(engine, recipe, emas, mine(50)))
-    for kind, part in (("weight", engine.weights()), ("average", emas[0]), ("moment", engine.state()["optimizer"])):
-        tensors |= {f"{kind} {n}": w.clone() for n, w in engine.gather(part).items() if n != "step"}
+    state = engine.state()
+    kinds = {"weight": state["model"], "average": engine.shards(emas[0]), "moment": state["optimizer"]}
+    for kind, shards in kinds.items():
+        tensors |= {f"{kind} {n}": w for n, w in gathered(mesh, shards).items() if n != "step"}
     return numbers, tensors
 
 

@@ -56,7 +56,7 @@ TINY = {
     "sample.size": "8x8",
 }
 KILLS_A_RUN = 40
-TIMES = ("seconds", "val_seconds", "tokens_per_s", "samples_per_s", "mfu", "ema_seconds")
+TIMES = ("seconds", "val_seconds", "tokens_per_s", "samples_per_s", "mfu", "ema_seconds", "save_stall")
 """Figures of a metrics line that no two runs share."""
 FROM_THE_START = 0.25
 """Share of the kills whose moment is drawn from the whole life, start included; the others come after it."""

@@ -1,11 +1,23 @@
 """Settings of the whole test run."""
 
 import os
+import tempfile
+from pathlib import Path
+
+import pytest
 
 # Triton decides when a kernel is defined whether it runs in the interpreter, so this stands before all imports of ours.
 # On a machine with a GPU, kernels are tested on it instead.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def memory_disk():
+    """A folder in memory, where there is one: what writes thousands of files durably need not wait for a real disk."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flagdit.checkpoint import export_diffusers, lumina_files, store
+from flagdit.checkpoint import export_diffusers, lumina_files
 from flagdit.checkpoint.card import Card, write_card
+from flagdit.checkpoint.durable import CHUNK
+from flagdit.checkpoint.folders import STAGING
 from flagdit.checkpoint.lumina import as_official, compare, expected_shapes
 from flagdit.checkpoint.lumina_config import arguments_of, require_official
 from flagdit.checkpoint.progress import progress
@@ -86,7 +88,7 @@ def export_run(run_dir: Path, out: Path, kind: str, options: Options) -> str:
     compare(weights.tensors.entries, expected_shapes(weights.recipe.model))
     tensors = cast(weights.tensors, DTYPES[options.dtype] if options.dtype else None)
     write = {"diffusers": _diffusers, "lumina": _lumina, "safetensors": _safetensors}[kind]
-    staging = out.with_name(f"{store.STAGING}{out.name}-{uuid.uuid4().hex[:8]}")
+    staging = out.with_name(f"{STAGING}{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
         card, records = write(staging, weights, tensors, options)
@@ -178,6 +180,6 @@ def record(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
-        while chunk := f.read(store.CHUNK):
+        while chunk := f.read(CHUNK):
             digest.update(chunk)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from flagdit.checkpoint.formats import RUN, open_any
-from flagdit.checkpoint.progress import progress
-from flagdit.checkpoint.safetensors_files import Advance
-from flagdit.checkpoint.tensors import Derived, TensorSource
+from flagdit.checkpoint.progress import counted, progress
 from flagdit.checkpoint.weights import write_run
 from flagdit.config.load import load_recipe, save_recipe
 from flagdit.config.schema import Recipe
@@ -59,9 +55,8 @@ def import_weights(
             fix="Override the keys of codec, text and sample only.",
         )
     with progress("importing", opened.tensors.nbytes) as advance:
-        counted = _counted(opened.tensors, advance)
         origin = {"format": opened.kind, "name": source.resolve().name}
-        write_run(run_dir, recipe, opened.step, counted, origin)
+        write_run(run_dir, recipe, opened.step, counted(opened.tensors, advance), origin)
     size = sum(entry.numel for entry in opened.tensors.entries.values())
     return f"{run_dir}: {opened.kind}, {size:,} parameters, {opened.tensors.nbytes / GB:.2f} GB, step {opened.step}"
 
@@ -76,14 +71,3 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         file = Path(folder) / f"{recipe.name}.yaml"
         save_recipe(recipe, file)
         return load_recipe(file, overrides)
-
-
-def _counted(source: TensorSource, advance: Advance) -> TensorSource:
-    """The same tensors; each is told to the progress bar when it has been read."""
-
-    def read(name: str) -> Tensor:
-        tensor = source.read(name)
-        advance(tensor.nbytes)
-        return tensor
-
-    return Derived(source.entries, read)

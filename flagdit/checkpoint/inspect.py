@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flagdit.checkpoint import store
+from flagdit.checkpoint.folders import TENSORS, read_manifest
 from flagdit.checkpoint.formats import RUN, Opened, open_any
 from flagdit.checkpoint.progress import progress
 from flagdit.checkpoint.tensors import TensorSource
@@ -47,6 +48,7 @@ def inspect(
     if opened.kind == RUN:
         facts["checkpoints"] = [done for done, _ in store.complete(path)]
         facts["topology"] = asdict(opened.recipe.parallel)
+        facts |= _of_checkpoint(store.find(path, opened.step))
     if tensors:
         facts["each"] = {
             name: {
@@ -57,6 +59,20 @@ def inspect(
             for name, entry in entries.items()
         }
     return facts
+
+
+def _of_checkpoint(path: Path) -> dict[str, Any]:
+    """What else than the weights is in a checkpoint."""
+    manifest, _ = read_manifest(path)
+    assert manifest is not None, "it has just been read"
+    groups: dict[str, dict[str, int]] = {}
+    for name, record in manifest.files.items():
+        group, _, file = name.rpartition("/")
+        if file.endswith(TENSORS):
+            facts = groups.setdefault(group, {"files": 0, "bytes": 0})
+            facts["files"] += 1
+            facts["bytes"] += record.bytes
+    return {"groups": groups, "validation": manifest.validation, "state": store.load(path, groups=()).state}
 
 
 def diff(a: Path, b: Path, *, weights: str | None = None) -> dict[str, Any]:

@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from flagdit.checkpoint.safetensors_files import Advance
+from flagdit.checkpoint.tensors import Derived, TensorSource
 
 SECONDS_BETWEEN_LINES = 10.0
 GB = 1e9
@@ -39,3 +42,14 @@ def progress(what: str, total: int) -> Iterator[Advance]:
             print(text, file=sys.stderr, flush=True)
 
     yield tell
+
+
+def counted(source: TensorSource, advance: Advance) -> TensorSource:
+    """The same tensors; each is told to the progress bar when it has been read."""
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(name)
+        advance(tensor.nbytes)
+        return tensor
+
+    return Derived(source.entries, read)

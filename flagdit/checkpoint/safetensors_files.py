@@ -68,7 +68,7 @@ class SafetensorsFiles(TensorSource):
         try:
             with file.open("rb", buffering=0) as f:
                 f.seek(offset)
-                into = _raw(tensor)
+                into = bytes_of(tensor)
                 while into:
                     count = f.readinto(into)
                     if not count:
@@ -104,6 +104,18 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def header_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with: where each tensor lies, in the order of `entries`, and texts."""
+    header: dict[str, Any] = {METADATA: dict(sorted({"format": "pt", **metadata}.items()))}
+    offset = 0
+    for name, entry in entries.items():
+        offsets = [offset, offset := offset + entry.nbytes]
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class SafetensorsWriter:
     """Writes one file; a context manager.
 
@@ -123,21 +135,13 @@ class SafetensorsWriter:
         self._digest = hashlib.sha256()
         self._left = list(entries)[::-1]
         self._entries = entries
-        header: dict[str, Any] = {METADATA: dict(sorted({"format": "pt", **metadata}.items()))}
-        offset = 0
-        for name, entry in entries.items():
-            offsets = [offset, offset := offset + entry.nbytes]
-            header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
         self._file = file.open("xb")
-        self._put(len(raw).to_bytes(8, "little"))
-        self._put(raw)
+        self._put(header_of(entries, metadata))
 
     def write(self, name: str, tensor: Tensor) -> None:
         expected = self._left.pop()
         assert name == expected and Entry.of(tensor) == self._entries[name], f"{name} is not {expected}"
-        self._put(_raw(tensor))
+        self._put(bytes_of(tensor))
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -229,7 +233,7 @@ def open_sharded(folder: Path, stem: str) -> SafetensorsFiles:
     return source
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous copy of the tensor, or of itself."""
     flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)

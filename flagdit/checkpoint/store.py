@@ -1,187 +1,233 @@
-"""Checkpoints on disk: written aside, made durable, then put in place by one atomic rename.
+"""Checkpoints: every rank writes what it holds, any mesh reads it, and no crash spoils it.
 
 RUN/checkpoints/step_00001000/
-    model.safetensors …   one file per group of tensors
-    state.json            step and the rest of the state
-    manifest.json         size and SHA-256 of the files above
-    COMPLETE              SHA-256 of manifest.json
+    model/            a folder for each group of tensors: optimizer/, ema_0.9999/ …
+        part_00000.safetensors …   what each rank wrote
+        index.json                 where every rectangle of every tensor lies
+    state.json        step and the rest of the state
+    recipe.yaml …     documents
+    manifest.json     size and hash of the files above
+    COMPLETE          hash of manifest.json
 
-A folder is written as `.staging-…`, every file and the folder itself are fsynced, and only then does it get its name,
-so that a crash or a full disk at any moment leaves either the whole checkpoint or none. COMPLETE guards against what a
-rename cannot: folders copied by hand and stopped half-way. Nothing is ever pickled.
+Tensors are stored as rectangles of whole tensors, under the names and shapes of the plain model: nothing in a
+checkpoint speaks of the mesh that wrote it. Nothing is pickled. `folders` keeps the promise about crashes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from flagdit.checkpoint.safetensors_files import SafetensorsFiles, write_file
+from flagdit.checkpoint.chunks import StoredTensors
+from flagdit.checkpoint.dcp import Group, LoadPlans, Reader, SavePlans, Writer, parts_of
+from flagdit.checkpoint.durable import hash_bytes, write_file
+from flagdit.checkpoint.folders import (
+    STAGING,
+    Manifest,
+    check,
+    complete,
+    finish,
+    folder_name,
+    named_folders,
+    read_manifest,
+    set_aside,
+)
 from flagdit.checkpoint.tensors import TensorSource
 from flagdit.errors import CheckpointError
+from flagdit.parallel.ranks import ALONE, Ranks
+from flagdit.parallel.shards import Shard, whole_shards
 
-FORMAT = 1
-STATE, MANIFEST, COMPLETE = "state.json", "manifest.json", "COMPLETE"
-TENSORS = ".safetensors"
-STAGING = ".staging-"
-DAMAGED = ".damaged"
-CHUNK = 1 << 22
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been read and verified.
+    """A checkpoint that has been found sound.
 
     Attributes:
         path: its folder.
         step: optimizer steps done.
-        tensors: group → name → CPU tensor; a group is read from disk when it is asked for.
         state: what `save` was given.
+        tensors: group → name → whole CPU tensor; a group is read from disk when it is asked for.
     """
 
     path: Path
     step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-Group = Mapping[str, Tensor] | TensorSource
+def save(
+    run_dir: Path | str,
+    step: int,
+    groups: Mapping[str, Group | Mapping[str, Tensor]],
+    state: dict[str, Any],
+    *,
+    documents: Mapping[str, str] | None = None,
+    validation: float | None = None,
+    fingerprints: dict[str, str] | None = None,
+    files: int = 1,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Writes a checkpoint; one of the same step is replaced. All ranks call it, with their own shards.
 
-
-def save(run_dir: Path | str, step: int, tensors: Mapping[str, Group], state: dict[str, Any]) -> Path:
-    """Writes a checkpoint; one of the same step is replaced.
+    Beside what the caller holds, at most one slab (64 MiB) of tensors is in memory, and one tensor of a TensorSource.
 
     Args:
-        run_dir: the run folder. Only one process may save into it at a time.
+        run_dir: the run folder. Only one run may save into it at a time.
         step: optimizer steps done.
-        tensors: group → name → tensor, on any device; views and shared tensors are stored as tensors of their own.
-            A group may be a TensorSource, which is read and written one tensor at a time.
-        state: anything that JSON can hold.
+        groups: group → name → this rank's part of a tensor, on any device. A group may also be whole tensors or a
+            TensorSource, in one process.
+        state: anything that JSON can hold; rank 0's counts.
+        documents: more files, by name.
+        validation: held-out loss at this step, if it was measured.
+        fingerprints: of groups whose tensors come from another checkpoint.
+        files: into how many files each rank spreads a group.
+        ranks: who saves.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: it could not be written; earlier checkpoints are as they were.
+        CheckpointError: it could not be written; earlier checkpoints are as they were. All ranks raise it.
     """
     root = Path(run_dir) / "checkpoints"
     target = root / folder_name(step)
-    staging = root / f"{STAGING}{step}-{uuid.uuid4().hex[:8]}"
+    staging = root / f"{STAGING}{step}-{ranks.from_first(uuid.uuid4().hex[:8])}"
+    writer = Writer(staging, ranks.rank, list(groups), files)
+
+    def begin() -> None:
+        for group in groups:
+            (staging / group).mkdir(parents=True)
+
+    def end() -> None:
+        records = dict(writer.records)
+        texts = {STATE: json.dumps({"step": step, "state": state}, indent=1) + "\n", **(documents or {})}
+        for name, text in texts.items():
+            records[name] = write_file(staging / name, text.encode())
+        finish(staging, target, Manifest(step, records, validation, fingerprints))
+
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        clean(run_dir)
-        staging.mkdir()
-        files = {}
-        for group, named in tensors.items():
-            files[group + TENSORS] = _write_tensors(staging / (group + TENSORS), named)
-        files[STATE] = _write_json(staging / STATE, {"format": FORMAT, "step": step, "state": state})
-        manifest = _write_json(staging / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-        _write(staging / COMPLETE, (manifest["sha256"] + "\n").encode())
-        _sync(staging)
-        _put_in_place(staging, target)
-        _sync(root)
-    except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written: {why}",
-            where=str(target),
-            fix="Earlier checkpoints are as they were. Free space or choose another run_dir, then start again.",
-        ) from error
+        with _readable_errors(f"the checkpoint of step {step} could not be written", target):
+            ranks.first(begin)
+            parts = parts_of({group: _shards(named) for group, named in groups.items()})
+            with _silent():
+                dcp.save(
+                    parts,
+                    storage_writer=writer,
+                    planner=SavePlans(),
+                    process_group=ranks.group,
+                    no_dist=ranks.world == 1,
+                )
+            ranks.first(end)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def latest(run_dir: Path | str) -> Path | None:
-    """The newest complete checkpoint, judged by its manifest and the sizes of its files; None when there is none."""
-    return next((path for _, path in reversed(complete(run_dir))), None)
+def load_into(path: Path, groups: Mapping[str, Mapping[str, Shard]], ranks: Ranks = ALONE) -> None:
+    """Fills shards with what a checkpoint holds, whoever saved it. All ranks call it, with their own shards.
+
+    Beside the shards, at most one slab (64 MiB) of tensors is in memory.
+
+    Args:
+        path: of a checkpoint that has been found sound.
+        groups: group → name → shard; all names that the checkpoint has, with the shapes that it has.
+
+    Raises:
+        CheckpointError: names or shapes differ (nothing has been written then), or a file cannot be read.
+    """
+    with _readable_errors("the checkpoint could not be loaded", path), _silent():
+        dcp.load(
+            parts_of(groups),
+            storage_reader=Reader(path, list(groups)),
+            planner=LoadPlans(),
+            process_group=ranks.group,
+            no_dist=ranks.world == 1,
+        )
 
 
-def complete(run_dir: Path | str) -> list[tuple[int, Path]]:
-    """(step, folder) of the complete checkpoints, oldest first."""
-    return [(step, path) for step, path in _folders(run_dir) if not _read_manifest(path)[1]]
-
-
-def load(path: Path | str, groups: Collection[str] | None = None) -> Checkpoint:
-    """Reads a checkpoint and compares every file that is needed with its SHA-256.
+def load(path: Path | str, groups: Collection[str] | None = None, *, hashes: bool = True) -> Checkpoint:
+    """A checkpoint after comparing every file that is needed with its hash.
 
     Args:
         path: the checkpoint's folder.
         groups: the groups of tensors that will be used; None: all. Others are neither verified nor offered.
+        hashes: false: compare sizes only.
 
     Raises:
         CheckpointError: it is incomplete or damaged, or has no such group.
     """
     path = Path(path)
-    manifest = _verified_manifest(path, groups)
-    record = json.loads((path / STATE).read_text())
-    if record["format"] != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint has format {record['format']}, this version reads {FORMAT}",
-            where=str(path),
-            fix="Use the version of FlagDiT that wrote it.",
-        )
-    present = [name.removesuffix(TENSORS) for name in manifest["files"] if name.endswith(TENSORS)]
-    wanted = present if groups is None else [group for group in present if group in groups]
-    return Checkpoint(path, record["step"], _Groups(path, wanted), record["state"])
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {path}")
+    manifest, faults = check(path, groups, hashes=hashes)
+    if manifest is None or faults:
+        raise _damaged(path, faults)
+    return _opened(path, manifest, groups)
 
 
-def open_group(path: Path | str, group: str) -> TensorSource:
-    """A group's tensors, read one at a time from a checkpoint that `load` has verified."""
-    return SafetensorsFiles(Path(path) / (group + TENSORS))
+def newest(
+    run_dir: Path | str,
+    report: Callable[[str], None],
+    *,
+    hashes: bool = True,
+    fall_back: bool = True,
+    ranks: Ranks = ALONE,
+) -> Checkpoint | None:
+    """The newest sound checkpoint, for the run that will go on saving. All ranks call it and share the reading.
 
-
-def fingerprint(path: Path | str, group: str) -> str:
-    """Tells the tensors of one group from any others."""
-    return json.loads((Path(path) / MANIFEST).read_text())["files"][group + TENSORS]["sha256"]
-
-
-def load_latest(run_dir: Path | str, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that can be read whole, for the process that will go on saving into the run.
-
-    Damaged ones are set aside as `step_….damaged`, so that they neither count as kept nor stand in the way.
+    Damaged ones are set aside as `step_….damaged`.
 
     Args:
         run_dir: the run folder.
         report: told about every damaged checkpoint.
+        hashes: whether to read the files and compare their hashes; false: sizes only.
+        fall_back: whether an older checkpoint may take a damaged one's place.
 
     Returns:
         None when the run has no checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are checkpoints, and all are damaged; or the newest is, and none may take its place.
     """
-    damaged = []
-    for _, path in reversed(_folders(run_dir)):
-        try:
-            found = load(path)
-        except CheckpointError as error:
-            damaged.append(path)
-            report(f"damaged checkpoint left out: {error}")
-            continue
-        for bad in damaged:
-            shutil.rmtree(bad.with_name(bad.name + DAMAGED), ignore_errors=True)
-            os.rename(bad, bad.with_name(bad.name + DAMAGED))
-        return found
-    if damaged:
+    bad: list[Path] = []
+    for _, path in reversed(ranks.first(lambda: named_folders(run_dir))):
+        manifest, faults = check(path, hashes=hashes, ranks=ranks)
+        if manifest is not None and not faults:
+            ranks.first(lambda: set_aside(bad))
+            return _opened(path, manifest, None)
+        error = _damaged(path, faults)
+        if not fall_back:
+            error.fix = "Restore it from a copy, or set checkpoint.fall_back=true to continue from the one before."
+            raise CheckpointError(error.what, where=str(path), fix=error.fix)
+        bad.append(path)
+        report(f"damaged checkpoint left out: {error}")
+    if bad:
         raise CheckpointError(
-            f"none of the {len(damaged)} checkpoints can be read",
-            where=str(damaged[0].parent),
+            f"none of the {len(bad)} checkpoints can be read",
+            where=str(bad[0].parent),
             fix="Restore one from a copy, or remove the run folder to start afresh.",
         )
     return None
+
+
+def latest(run_dir: Path | str) -> Path | None:
+    """The newest checkpoint that is complete by its marker, manifest and sizes; None when there is none."""
+    return next((path for _, path in reversed(complete(run_dir))), None)
 
 
 def find(run_dir: Path | str, step: int | None = None) -> Path:
@@ -209,53 +255,28 @@ def find(run_dir: Path | str, step: int | None = None) -> Path:
     return there[step]
 
 
-def verify(path: Path | str) -> None:
-    """Compares every file of a checkpoint with its size and SHA-256.
+def open_group(path: Path | str, group: str) -> TensorSource:
+    """A group's tensors, read one at a time from a checkpoint that `load` has found sound."""
+    return StoredTensors(Path(path) / group)
+
+
+def fingerprint(path: Path | str, group: str) -> str:
+    """Tells the tensors of one group from any others.
 
     Raises:
-        CheckpointError: lists all files that are missing, damaged or of another size.
+        CheckpointError: the checkpoint is damaged.
     """
-    _verified_manifest(Path(path), None)
-
-
-def retention(run_dir: Path | str, keep: int) -> None:
-    """Removes the checkpoints before the `keep` newest complete ones; 0 keeps all. The newest complete one always
-    stays.
-
-    Raises:
-        CheckpointError: a folder cannot be removed.
-    """
-    good = complete(run_dir)
-    if keep < 1 or len(good) <= keep:
-        return
-    oldest_kept = good[-keep][0]
-    try:
-        for step, path in _folders(run_dir):
-            if step < oldest_kept:
-                # Renamed first: a kill half-way leaves a staging folder, not half a checkpoint.
-                doomed = path.with_name(f"{STAGING}{step}-removed")
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
-    except OSError as error:
-        raise CheckpointError(
-            f"an old checkpoint cannot be removed: {error.strerror}",
-            where=str(path),
-            fix="Make the run folder writable, or set checkpoint.keep=0.",
-        ) from error
-
-
-def clean(run_dir: Path | str) -> None:
-    """Removes what killed processes left behind."""
-    for path in (Path(run_dir) / "checkpoints").glob(f"{STAGING}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"
+    manifest, faults = read_manifest(Path(path))
+    if manifest is None:
+        raise _damaged(Path(path), faults)
+    if manifest.fingerprints and group in manifest.fingerprints:
+        return manifest.fingerprints[group]
+    files = sorted((name, record.xxh3) for name, record in manifest.files.items() if name.startswith(f"{group}/"))
+    return hash_bytes(json.dumps(files).encode())
 
 
 class _Groups(Mapping[str, Mapping[str, Tensor]]):
-    """Tensor files that are read when asked for."""
+    """Groups that are read when asked for."""
 
     def __init__(self, path: Path, names: list[str]):
         self._path, self._names = path, names
@@ -265,7 +286,7 @@ class _Groups(Mapping[str, Mapping[str, Tensor]]):
             raise CheckpointError(
                 f"the checkpoint has no tensors {group!r}, only {', '.join(self._names)}", where=str(self._path)
             )
-        return load_file(self._path / (group + TENSORS))
+        return dict(open_group(self._path, group).items())
 
     def __contains__(self, group: object) -> bool:
         return group in self._names
@@ -277,115 +298,54 @@ class _Groups(Mapping[str, Mapping[str, Tensor]]):
         return len(self._names)
 
 
-def _folders(run_dir: Path | str) -> list[tuple[int, Path]]:
-    """(step, folder) of everything named like a checkpoint, oldest first."""
-    root = Path(run_dir) / "checkpoints"
-    named = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in root.glob("step_*") if p.is_dir()]
-    return sorted((int(match[1]), path) for match, path in named if match)
+def _opened(path: Path, manifest: Manifest, groups: Collection[str] | None) -> Checkpoint:
+    present = dict.fromkeys(name.partition("/")[0] for name in manifest.files if "/" in name)
+    wanted = [group for group in present if groups is None or group in groups]
+    record = json.loads((path / STATE).read_text())
+    return Checkpoint(path, record["step"], record["state"], _Groups(path, wanted))
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The manifest, and what is wrong with it and with the sizes of the files it names."""
-    try:
-        raw = (path / MANIFEST).read_bytes()
-        marker = (path / COMPLETE).read_text().strip()
-    except FileNotFoundError as error:
-        return {}, [f"{Path(error.filename).name} is missing"]
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"it cannot be read ({error})"]
-    if hashlib.sha256(raw).hexdigest() != marker:
-        return {}, [f"{MANIFEST} is not the one that {COMPLETE} names"]
-    manifest = json.loads(raw)
-    faults = []
-    for name, entry in manifest["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size is None:
-            faults.append(f"{name} is missing")
-        elif size != entry["bytes"]:
-            faults.append(f"{name} has {size:,} bytes instead of {entry['bytes']:,}")
-    return manifest, faults
-
-
-def _verified_manifest(path: Path, groups: Collection[str] | None) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {path}")
-    manifest, faults = _read_manifest(path)
-    if not faults:
-        for name, entry in manifest["files"].items():
-            needed = groups is None or not name.endswith(TENSORS) or name.removesuffix(TENSORS) in groups
-            try:
-                if needed and _hash(path / name) != entry["sha256"]:
-                    faults.append(f"the content of {name} has changed since it was written")
-            except OSError as error:
-                faults.append(f"{name} cannot be read ({error.strerror})")
-    if faults:
-        raise CheckpointError(
-            f"the checkpoint is damaged: {'; '.join(faults)}",
-            where=str(path),
-            fix="Use another checkpoint of the run, or restore this one from a copy.",
-        )
-    return manifest
-
-
-def _put_in_place(staging: Path, target: Path) -> None:
-    """Gives a finished folder its name; an older checkpoint of that name makes room and comes back on failure."""
-    if not target.exists():
-        os.rename(staging, target)
-        return
-    aside = target.with_name(f"{STAGING}{target.name}-replaced")
-    os.rename(target, aside)
-    try:
-        os.rename(staging, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_tensors(file: Path, named: Group) -> dict[str, Any]:
-    """Writes one group durably; returns its line of the manifest."""
+def _shards(named: Group | Mapping[str, Tensor]) -> Group:
     if isinstance(named, TensorSource):
-        return write_file(file, named)
-    own: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in named.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage()
-        # safetensors refuses tensors that share memory, and would store the whole of a view's memory.
-        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        own[name] = tensor
-    save_file(own, file, metadata={"format": "pt"})
-    _sync(file)
-    return {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        return named
+    if all(isinstance(value, Shard) for value in named.values()):
+        return named  # type: ignore[return-value]
+    return whole_shards(named)  # type: ignore[arg-type]
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Writes JSON durably; returns its line of the manifest."""
-    raw = (json.dumps(content, indent=1) + "\n").encode()
-    _write(file, raw)
-    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+def _damaged(path: Path, faults: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint is damaged: {'; '.join(faults)}",
+        where=str(path),
+        fix="Use another checkpoint of the run, or restore this one from a copy.",
+    )
 
 
-def _write(file: Path, raw: bytes) -> None:
-    file.write_bytes(raw)
-    _sync(file)
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A process that saves alone means to."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    yield
 
 
-def _sync(path: Path) -> None:
-    """Makes a file or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _readable_errors(what: str, where: Path) -> Iterator[None]:
+    """Turns what the disk or another rank's disk answered into an error that a person can act on."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise cause from error
+        raise _unwritten(what, where, cause, f" (rank {rank})" if rank else "") from error
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(what, where, error) from error
 
 
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as f:
-        while chunk := f.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _unwritten(what: str, where: Path, cause: Exception, who: str = "") -> CheckpointError:
+    why = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return CheckpointError(
+        f"{what}: {why}{who}",
+        where=str(where),
+        fix="Earlier checkpoints are as they were. Free space or choose another run_dir, then start again.",
+    )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flagdit.checkpoint import store
+from flagdit.checkpoint.folders import STAGING
 from flagdit.checkpoint.tensors import Derived, Entry, TensorSource
 from flagdit.config.load import load_recipe, save_recipe
 from flagdit.config.schema import LoraConfig, Recipe
@@ -135,7 +136,7 @@ def write_run(run_dir: Path, recipe: Recipe, step: int, tensors: TensorSource, o
     """
     if run_dir.exists():
         raise CheckpointError("the folder exists", where=str(run_dir), fix="Choose another one, or remove it.")
-    staging = run_dir.with_name(f"{store.STAGING}{run_dir.name}-{uuid.uuid4().hex[:8]}")
+    staging = run_dir.with_name(f"{STAGING}{run_dir.name}-{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
         save_recipe(recipe, staging / "recipe.yaml")

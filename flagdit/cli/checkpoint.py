@@ -8,13 +8,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from flagdit.cli.common import group
+from flagdit.cli.common import RunFolder
+from flagdit.cli.common import group as command_group
 from flagdit.errors import RecipeError
 
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="Recipe keys to change: codec.path=sdxl-vae.")]
 Either = Annotated[Optional[str], typer.Option(help="ema or raw, where there are both; the average if not given.")]
 
-app = group("Look at weights, bring them in and hand them out.", "flagdit checkpoint inspect runs/quickstart")
+app = command_group("Look at weights, bring them in and hand them out.", "flagdit checkpoint inspect runs/quickstart")
 
 
 @app.command("import")
@@ -86,6 +87,48 @@ def inspect_(
     from flagdit.checkpoint.inspect import inspect
 
     typer.echo(json.dumps(inspect(path, step=step, weights=_ema_or_raw(weights), tensors=tensors), indent=2))
+
+
+@app.command("verify")
+def verify_(
+    run: RunFolder,
+    step: Annotated[Optional[int], typer.Option(help="One checkpoint; all if not given.")] = None,
+) -> None:
+    """Compare every file of a run's checkpoints with its hash, as JSON; exit code 1 if one is damaged.
+
+    \b
+    Example:
+      flagdit checkpoint verify runs/quickstart
+    """
+    from flagdit.checkpoint.convert import verify
+
+    found = verify(run, step)
+    typer.echo(json.dumps(found, indent=2))
+    raise typer.Exit(1 if found["damaged"] else 0)
+
+
+@app.command("convert")
+def convert_(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="Run folder to make.")],
+    step: Annotated[Optional[int], typer.Option(help="Checkpoint to take; the newest if not given.")] = None,
+    group: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Tensors to take, such as model or ema_0.9999; may be given several times; default: all."),
+    ] = None,
+    files: Annotated[int, typer.Option(min=1, help="Files of each group.")] = 1,
+) -> None:
+    """Write a checkpoint in another number of files, or some of its tensors only, as a run folder.
+
+    Any number of ranks reads any number of files, so this is for people who move checkpoints, not for training.
+
+    \b
+    Example:
+      flagdit checkpoint convert runs/quickstart runs/small --group ema_0.995
+    """
+    from flagdit.checkpoint.convert import convert
+
+    typer.echo(convert(run, out, step=step, groups=group or (), files=files))
 
 
 @app.command("diff")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from flagdit.config.fields import block, key
+from flagdit.config.schema_checkpoint import CheckpointConfig
 from flagdit.config.schema_cluster import ClusterConfig
 from flagdit.config.schema_guard import GuardConfig
 
@@ -327,19 +328,6 @@ class SampleConfig:
     proportional: bool = key(True, "With train_size: keep attention over more tokens as sharp as in training.")
     rtol: float = key(1e-5, "Relative tolerance of dopri5.", at_least=0)
     atol: float = key(1e-5, "Absolute tolerance of dopri5.", at_least=0)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Saving and continuing."""
-
-    every: int = key(1000, "Steps between checkpoints; the last step always saves.", at_least=1)
-    keep: int = key(3, "Newest checkpoints to keep; 0: all.", at_least=0)
-    grace: float = key(
-        240.0,
-        "Seconds from a signal to stop until the process leaves; what is not saved by then is given up. 0: no limit.",
-        at_least=0,
-    )
 
 
 @dataclass(frozen=True)

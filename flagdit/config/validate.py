@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from flagdit.config.keys import all_keys, flatten, nearest
 from flagdit.config.problems import Problem, divisors, either, nearest_values, raise_problems
 from flagdit.config.schema import Recipe
+from flagdit.config.validate_checkpoint import checkpoint_problems
 from flagdit.config.validate_parallel import parallel_problems
 from flagdit.config.validate_sample import guidance_problems
 from flagdit.config.validate_start import start_problems
@@ -374,4 +375,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _sample_size,
     guidance_problems,
     start_problems,
+    checkpoint_problems,
 )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from flagdit.batch import PackedBatch
 from flagdit.config.schema import OptimizerConfig
-from flagdit.errors import CheckpointError
 from flagdit.parallel.mesh import ParallelContext
+from flagdit.parallel.shards import Shards
 
 Tensors = dict[str, Tensor]
 
@@ -87,25 +87,17 @@ class Engine(Protocol):
         """The model as a function of whole packs on every rank, for sampling."""
         ...
 
-    def state(self) -> dict[str, Tensors]:
-        """This rank's parts of a checkpoint's tensors by group: `model` (fp32 weights) and `optimizer` (moments and
-        step count)."""
+    def shards(self, parts: Mapping[str, Tensor]) -> Shards:
+        """Where parts (as `weights` gives them) lie in whole tensors; also those of which this rank has none."""
         ...
 
-    def gather(self, parts: Mapping[str, Tensor]) -> Tensors:
-        """Whole tensors from all ranks' parts, on the CPU of rank 0; nothing on the others."""
+    def state(self) -> dict[str, Shards]:
+        """What a checkpoint holds of the engine, by group: `model` (fp32 weights) and `optimizer` (moments and step
+        count). Views: they are written in place when a checkpoint is loaded, and `restored` follows."""
         ...
 
-    def take(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor], group: str) -> None:
-        """Fills this rank's parts in place from whole tensors: the inverse of `gather`.
-
-        Raises:
-            CheckpointError: names or shapes differ; nothing has been written then.
-        """
-        ...
-
-    def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes back what `state` gave, from whole tensors."""
+    def restored(self) -> None:
+        """Computes with what has been written into the shards of `state`."""
         ...
 
 
@@ -131,20 +123,3 @@ def allocate_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor])
     for p in parameters:
         count = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
         optimizer.state[p] = {"step": count, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
-
-
-def check_names(expected: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor], group: str) -> None:
-    """Compares a checkpoint's group with the names and shapes that a model has.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    missing, extra = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
-    shapes = [name for name in expected.keys() & saved.keys() if tuple(expected[name]) != tuple(saved[name].shape)]
-    if missing or extra or shapes:
-        faults = [("missing", missing), ("not of this model", extra), ("of another shape", sorted(shapes))]
-        told = "; ".join(f"{len(names)} {fault} ({', '.join(names[:3])})" for fault, names in faults if names)
-        raise CheckpointError(
-            f"the checkpoint's {group} tensors do not fit this recipe: {told}",
-            fix="Use the recipe that the run was started with.",
-        )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from flagdit.batch import PackedBatch
 from flagdit.config.schema import OptimizerConfig
-from flagdit.parallel.engine import MOMENTS, Tensors, adamw, allocate_moments, check_names
+from flagdit.parallel.engine import MOMENTS, Tensors, adamw, allocate_moments
 from flagdit.parallel.mesh import ParallelContext
+from flagdit.parallel.shards import Shards, whole_shards
 
 
 class LocalEngine:
@@ -108,31 +109,26 @@ class LocalEngine:
     def whole(self, model: nn.Module) -> nn.Module:
         return model
 
-    def gather(self, parts: Mapping[str, Tensor]) -> Tensors:
-        return dict(parts)
+    def shards(self, parts: Mapping[str, Tensor]) -> Shards:
+        return whole_shards(parts)
 
-    @torch.no_grad()
-    def take(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor], group: str) -> None:
-        check_names({name: tuple(part.shape) for name, part in parts.items()}, whole, group)
-        for name, part in parts.items():
-            part.copy_(whole[name])
+    def state(self) -> dict[str, Shards]:
+        return {"model": self.shards(self.weights()), "optimizer": self.shards(self._moments())}
 
-    def state(self) -> dict[str, Tensors]:
-        return {"model": self.weights(), "optimizer": self._moments()}
-
-    def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.take(groups["model"], self.weights(), "model")
-        moments = self._moments()
-        self.take(groups["optimizer"], moments, "optimizer")
-        for p in self._masters.values():
-            self._optimizer.state[p]["step"].copy_(moments["step"])
+    def restored(self) -> None:
+        for state in self._optimizer.state.values():
+            state["step"].copy_(self._count)
         self._copy_back()
 
     def _moments(self) -> Tensors:
-        # Every parameter takes part in every step, so one count serves all.
         state = self._optimizer.state
         found = {f"{name}.{moment}": state[p][moment] for name, p in self._masters.items() for moment in MOMENTS}
-        return {**found, "step": next(iter(state.values()))["step"].clone()}
+        return {**found, "step": self._count}
+
+    @property
+    def _count(self) -> Tensor:
+        # Every parameter takes part in every step, so one count serves all.
+        return next(iter(self._optimizer.state.values()))["step"]
 
     @torch.no_grad()
     def _copy_back(self) -> None:

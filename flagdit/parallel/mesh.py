@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flagdit.config.problems import Problem, divisors, nearest_values, raise_problems
 from flagdit.config.schema import Recipe
+from flagdit.parallel.ranks import ALONE, Ranks
 
 Group = dist.ProcessGroup | None
 
@@ -60,6 +61,7 @@ class ParallelContext:
         tokens: ranks that hold different tokens of one pack: context, times tensor under sequence parallelism.
         distinct: ranks that hold different tokens or different packs: tokens × data.
         sequence: the residual stream is split over the tensor axis too.
+        timeout: after which a silent rank counts as hanging.
     """
 
     rank: int = 0
@@ -74,6 +76,7 @@ class ParallelContext:
     tokens: Axis = Axis()
     distinct: Axis = Axis()
     sequence: bool = False
+    timeout: timedelta = timedelta(seconds=600)
 
     @property
     def is_first(self) -> bool:
@@ -103,19 +106,17 @@ class ParallelContext:
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        if self.world == 1:
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0)
-        return holder[0]
+        return Ranks(self.rank, self.world).from_first(value)
 
     def from_all(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks, on every rank."""
+        return Ranks(self.rank, self.world).from_all(value)
+
+    def own_group(self) -> Ranks:
+        """All ranks with a new group, in which messages do not meet those of training. All ranks call it."""
         if self.world == 1:
-            return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+            return ALONE
+        return Ranks(self.rank, self.world, dist.new_group(backend="gloo", timeout=self.timeout))
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def _form(recipe: Recipe, launch: Launch, device: torch.device, timeout: timedel
         tokens=together or context,
         distinct=everyone if sequence else shards,
         sequence=sequence,
+        timeout=timeout,
     )
 
 

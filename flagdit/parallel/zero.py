@@ -20,8 +20,9 @@ from flagdit.batch import PackedBatch
 from flagdit.config.schema import OptimizerConfig, ParallelConfig
 from flagdit.parallel import deepspeed
 from flagdit.parallel.context import WholeModel, share
-from flagdit.parallel.engine import MOMENTS, Tensors, adamw, allocate_moments, check_names
+from flagdit.parallel.engine import MOMENTS, Tensors, adamw, allocate_moments
 from flagdit.parallel.mesh import ParallelContext
+from flagdit.parallel.shards import Shard, Shards
 from flagdit.parallel.tensor import Layout
 
 
@@ -173,31 +174,20 @@ class ZeroEngine:
     def whole(self, model: nn.Module) -> nn.Module:
         return WholeModel(model, self.mesh, self._patch_dims)  # type: ignore[return-value]
 
-    def state(self) -> dict[str, Tensors]:
-        return {"model": self.weights(), "optimizer": self._moments()}
+    def shards(self, parts: Mapping[str, Tensor]) -> Shards:
+        return {name: self._shard(name, parts.get(name)) for name in self._shapes}
 
-    def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.take(groups["model"], self.weights(), "model")
-        moments = self._moments()
-        self.take(groups["optimizer"], moments, "optimizer")
+    def state(self) -> dict[str, Shards]:
+        optimizer: Shards = {}
+        for moment in MOMENTS:
+            found = self.shards(self._moments(moment))
+            optimizer |= {f"{name}.{moment}": shard for name, shard in found.items()}
+        return {"model": self.shards(self.weights()), "optimizer": {**optimizer, "step": Shard.whole(self._count)}}
+
+    def restored(self) -> None:
         for state in self._zero.optimizer.state.values():
-            state["step"].copy_(moments["step"])
+            state["step"].copy_(self._count)
         self._show(self.weights())
-
-    def gather(self, parts: Mapping[str, Tensor]) -> Tensors:
-        whole: Tensors = {}
-        for names in self._buckets(parts):
-            whole |= self._gathered(names, parts)
-        if "step" in parts and self.mesh.is_first:
-            whole["step"] = parts["step"].cpu()
-        return whole
-
-    @torch.no_grad()
-    def take(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor], group: str) -> None:
-        expected = {name: tuple(self._whole_shape(name)) for name in self._all_names(parts)}
-        check_names({**expected, **({"step": ()} if "step" in parts else {})}, whole, group)
-        for name, part in parts.items():
-            part.copy_(whole[name] if name == "step" else self._own(name, whole[name]))
 
     # What follows knows DeepSpeed's buffers.
 
@@ -227,14 +217,14 @@ class ZeroEngine:
                 if first < end:
                     yield names[id(p)], Piece(first - at, end - at, group, first - rank * size)
 
-    def _moments(self) -> Tensors:
-        states = [self._zero.optimizer.state[m] for m in self._masters]
-        found = {
-            f"{name}.{moment}": piece.of([state[moment] for state in states])
-            for name, piece in self._pieces.items()
-            for moment in MOMENTS
-        }
-        return {**found, "step": states[0]["step"].detach().clone()}
+    def _moments(self, moment: str) -> Tensors:
+        flats = [self._zero.optimizer.state[master][moment] for master in self._masters]
+        return {name: piece.of(flats) for name, piece in self._pieces.items()}
+
+    @property
+    def _count(self) -> Tensor:
+        # Every parameter takes part in every step, so one count serves all.
+        return self._zero.optimizer.state[self._masters[0]]["step"]
 
     @torch.no_grad()
     def _show(self, weights: Mapping[str, Tensor]) -> None:
@@ -264,64 +254,20 @@ class ZeroEngine:
     # Slices and whole tensors.
 
     def _whole_shape(self, name: str) -> torch.Size:
-        name = _parameter(name)
         return self._layout.splits[name].whole_shape(self._shapes[name], self.mesh.tensor)
 
     def _own(self, name: str, whole: Tensor) -> Tensor:
         """This rank's slice of a whole tensor."""
-        name = _parameter(name)
         piece = self._pieces[name]
         return self._layout.splits[name].part(whole, self.mesh.tensor).flatten()[piece.start : piece.stop]
 
-    def _all_names(self, parts: Mapping[str, Tensor]) -> list[str]:
-        """The tensors of which `parts` are slices, also those of which this rank has none, in one order on all."""
-        moments = ("",) if "step" not in parts else tuple(f".{m}" for m in MOMENTS)
-        return [name + moment for name in self._shapes for moment in moments]
-
-    def _buckets(self, parts: Mapping[str, Tensor]) -> Iterator[list[str]]:
-        """The names in groups that one collective carries; the same on all ranks."""
-        names: list[str] = []
-        total = 0
-        for name in self._all_names(parts):
-            total += self._shapes[_parameter(name)].numel()
-            if names and total > deepspeed.BUCKET:
-                yield names
-                names, total = [], self._shapes[_parameter(name)].numel()
-            names.append(name)
-        yield names
-
-    def _gathered(self, names: list[str], parts: Mapping[str, Tensor]) -> Tensors:
-        """Whole tensors on rank 0, from every rank's slices."""
-        mesh = self.mesh
-        sizes = [self._shapes[_parameter(name)].numel() for name in names]
-        # Bits, not numbers: a sum with zeros keeps them all, the sign of −0.0 too.
-        buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=self.device)
-        for name, own in zip(names, buffer.split(sizes), strict=True):
-            if name in parts:
-                piece = self._pieces[_parameter(name)]
-                own[piece.start : piece.stop] = parts[name].to(self.device).view(torch.int32)
-        if mesh.shards.size > 1:
-            dist.reduce(buffer, group=mesh.shards.group, group_dst=0)
-        if mesh.shards.rank:
-            return {}
-        every = [buffer]
-        if mesh.tensor.size > 1:
-            every = [torch.empty_like(buffer) for _ in range(mesh.tensor.size)]
-            dist.all_gather(every, buffer, group=mesh.tensor.group)
-        if not mesh.is_first:
-            return {}
-        columns = zip(*(rank.view(torch.float32).cpu().split(sizes) for rank in every), strict=True)
-        whole = {}
-        for name, flat in zip(names, columns, strict=True):
-            shape, split = self._shapes[_parameter(name)], self._layout.splits[_parameter(name)]
-            tensors = [part.view(shape) for part in flat]
-            whole[name] = tensors[0] if split.dim is None else torch.cat(tensors, split.dim)
-        return whole
-
-
-def _parameter(name: str) -> str:
-    """The parameter that a checkpoint's tensor belongs to."""
-    return next((name.removesuffix(f".{m}") for m in MOMENTS if name.endswith(f".{m}")), name)
+    def _shard(self, name: str, part: Tensor | None) -> Shard:
+        shape, local = self._whole_shape(name), self._shapes[name]
+        if part is None:
+            return Shard(tuple(shape), torch.float32, ())
+        split, rank = self._layout.splits[name].dim, self.mesh.tensor.rank
+        origin = [rank * size if dim == split else 0 for dim, size in enumerate(local)]
+        return Shard.slice(shape, part, self._pieces[name].start, local, origin)
 
 
 def _summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

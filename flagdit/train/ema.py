@@ -6,12 +6,10 @@ start, and a decay of 0.9999 is useful long before 10,000 steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], str], None]
 
 
 class Emas:
@@ -50,18 +48,8 @@ class Emas:
             torch._foreach_lerp_(list(average.values()), list(self._live.values()), 1 - d)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """A checkpoint's tensors by group, `ema_<decay>`."""
+        """A checkpoint's tensors by group, `ema_<decay>`: written in place when it is loaded."""
         return {self.group(i): average for i, average in enumerate(self._averages)}
-
-    def load(self, groups: Mapping[str, Mapping[str, Tensor]], take: Take) -> None:
-        """Takes back what `state` gave.
-
-        Args:
-            groups: whole tensors by group.
-            take: an engine's `take`, which knows what part of them this process holds.
-        """
-        for i, average in enumerate(self._averages):
-            take(groups[self.group(i)], average, self.group(i))
 
     def group(self, index: int) -> str:
         """Name of one average in checkpoints and logs."""

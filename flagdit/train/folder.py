@@ -103,6 +103,11 @@ class RunFolder:
         return self.path / "wandb"
 
     @property
+    def wandb_id(self) -> Path:
+        """What the run is called there; also in every checkpoint."""
+        return self.wandb / "run_id"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -45,6 +45,7 @@ class LogMetrics:
             run.display.note(f"step {result.step} was good at its second try only; at the first: {result.accident}")
         if due(result.step, run.recipe.train.log_every) or result.step == run.recipe.train.steps:
             line = run.meter.line(result, run.guard.bad_steps)
+            line |= run.saver.figures()
             run.log(line)
             run.display.metrics(line)
 
@@ -68,6 +69,7 @@ class Validate:
     def _measure(self, run: Run) -> None:
         line = self._held_out.measure(run)
         run.log(line)
+        run.validated = (run.step, line["val_loss"])
         run.display.note(f"step {run.step}  held-out loss {line['val_loss']:.4f} ({line['val_weights']})")
 
 
@@ -96,21 +98,18 @@ class Sample:
 class SaveCheckpoint:
     """A checkpoint every `checkpoint.every` steps and at the last one. Comes last, to hold what others did."""
 
-    def __init__(self, run: Run):
-        self._saved = run.step
-
     def after_step(self, run: Run, result: StepResult) -> None:
-        if due(result.step, run.recipe.checkpoint.every) or result.step == run.recipe.train.steps:
+        run.saver.poll()
+        if result.step == run.recipe.train.steps:
             self.save(run)
+        elif due(result.step, run.recipe.checkpoint.every):
+            run.save(final=False)
 
     def save(self, run: Run) -> None:
-        """Saves this step, unless it is saved already."""
-        if run.step == self._saved:
-            return
-        began = time.perf_counter()
-        run.save()
-        self._saved = run.step
-        run.display.note(f"step {run.step}  checkpoint saved in {time.perf_counter() - began:.1f} s")
+        """Saves this step for good, unless it is saved already."""
+        run.saver.wait()
+        if run.step != run.saver.saved:
+            run.save(final=True)
 
 
 def due(step: int, every: int) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flagdit.checkpoint import store
+from flagdit.checkpoint.folders import clean
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.loader import BadSample, Loader, build_loader
 from flagdit.errors import RecipeError
@@ -74,6 +75,7 @@ def run_on(mesh: ParallelContext, recipe: Recipe, folder: RunFolder, stop: Stop)
     run = build(recipe, folder, display, mesh)
     if saved := latest_checkpoint(run):
         run.restore(saved)
+    run.saver.prepare(run.step, run.shards())
     loader = build_loader(recipe, run.step, mesh.data.rank, mesh.data.size)
     hooks = hooks_of(run)
     # All that can be wrong has been found by now; only from here on does the folder change.
@@ -88,11 +90,12 @@ def run_on(mesh: ParallelContext, recipe: Recipe, folder: RunFolder, stop: Stop)
 
 
 def latest_checkpoint(run: Run) -> store.Checkpoint | None:
-    """The newest checkpoint that can be read; rank 0 finds it and sets damaged ones aside."""
-    mesh = run.engine.mesh
-    found = store.load_latest(run.folder.path, run.display.note) if mesh.is_first else None
-    path = mesh.from_first(found.path if found else None)
-    return found if mesh.is_first or path is None else store.load(path)
+    """The newest checkpoint that is sound; damaged ones are set aside."""
+    cfg = run.recipe.checkpoint
+    run.saver.wait()
+    return store.newest(
+        run.folder.path, run.display.note, hashes=cfg.verify, fall_back=cfg.fall_back, ranks=run.saver.ranks
+    )
 
 
 def go(run: Run, loader: Loader, hooks: list[Hook], stop: Stop) -> None:
@@ -163,7 +166,7 @@ def hooks_of(run: Run) -> list[Hook]:
         hooks.append(Validate(run))
     if run.recipe.sample.every:
         hooks.append(Sample(run))
-    return [*hooks, SaveCheckpoint(run)]
+    return [*hooks, SaveCheckpoint()]
 
 
 def leave(run: Run, hooks: list[Hook], number: int) -> None:
@@ -182,6 +185,7 @@ def leave(run: Run, hooks: list[Hook], number: int) -> None:
 def open_folder(run: Run) -> None:
     """Writes the recipe and this start into the folder, and drops lines past the step to continue from."""
     folder = run.folder
+    clean(folder.path)
     folder.write_recipe(run.recipe)
     folder.rewind(run.step)
     starts = read_lines(folder.environment) if folder.environment.exists() else []
@@ -214,6 +218,7 @@ def watched(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
+        run.saver.wait()
         run.display.stop()
         if run.wandb:
             run.wandb.close()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flagdit.checkpoint import store
 from flagdit.checkpoint.weights import ORIGIN, weights_group
+from flagdit.config.load import to_yaml
 from flagdit.config.schema import ModelConfig, Recipe
 from flagdit.data_pipelines.mixture import Mixture, open_mixture
 from flagdit.errors import CheckpointError, RecipeError
@@ -19,12 +20,14 @@ from flagdit.model.sizes import resolve
 from flagdit.model.tokens import TokenSpec, num_tokens
 from flagdit.parallel.engine import Engine, Tensors
 from flagdit.parallel.mesh import ParallelContext
+from flagdit.parallel.shards import Shards
 from flagdit.train.display import Display
 from flagdit.train.ema import Emas
 from flagdit.train.engine import DTYPES, build_engine
 from flagdit.train.folder import RunFolder, append_line, recipe_hash
 from flagdit.train.guard import Guard
 from flagdit.train.metrics import Meter, peak_tflops
+from flagdit.train.saving import Saver, Snapshot
 from flagdit.train.start import first_values
 from flagdit.train.wandb_log import WandbLog
 
@@ -42,6 +45,7 @@ class Run:
         null_text_LY: features of the empty caption; None for models without text.
         base: fingerprint of the frozen weights that adapters stand on; None without adapters.
         step: optimizer steps done, skipped ones included; also the number of the next global batch.
+        validated: step and value of the last held-out loss.
     """
 
     recipe: Recipe
@@ -58,9 +62,11 @@ class Run:
     guard: Guard
     meter: Meter
     display: Display
+    saver: Saver
     base: str | None = None
     wandb: WandbLog | None = None
     step: int = 0
+    validated: tuple[int, float] = (-1, 0.0)
 
     def log(self, line: dict[str, Any]) -> None:
         """Writes a line to metrics.jsonl and, where it is on, to wandb; rank 0 does."""
@@ -75,12 +81,8 @@ class Run:
         group = weights_group(self.recipe, index)
         return ("raw weights", self.engine.weights()) if group == "model" else (group, self.emas[index])
 
-    def save(self) -> None:
-        """Writes a checkpoint of this step, then removes the oldest beyond checkpoint.keep.
-
-        Raises:
-            CheckpointError: it could not be written; earlier checkpoints are as they were.
-        """
+    def save(self, *, final: bool) -> None:
+        """Saves a checkpoint of this step, then removes those that no rule of the recipe keeps; see `Saver.save`."""
         state = {
             "batch": self.step,
             "recipe": recipe_hash(self.recipe),
@@ -88,12 +90,22 @@ class Run:
             "base": self.base,
             "guard": self.guard.state(),
             "meter": self.meter.state(),
+            "wandb": self.folder.wandb_id.read_text() if self.folder.wandb_id.exists() else None,
         }
-        parts = {**self.engine.state(), **self.emas.state()}
-        tensors = {group: self.engine.gather(named) for group, named in parts.items()}
-        if self.engine.mesh.is_first:
-            store.save(self.folder.path, self.step, tensors, state)
-            store.retention(self.folder.path, self.recipe.checkpoint.keep)
+        measured, loss = self.validated
+        snapshot = Snapshot(
+            self.step,
+            self.shards(),
+            state,
+            documents={"recipe.yaml": to_yaml(self.recipe)},
+            validation=loss if measured == self.step else None,
+        )
+        self.saver.save(snapshot, final=final)
+
+    def shards(self) -> dict[str, Shards]:
+        """This rank's part of a checkpoint's tensors, by group."""
+        averages = {group: self.engine.shards(parts) for group, parts in self.emas.state().items()}
+        return {**self.engine.state(), **averages}
 
     def restore(self, checkpoint: store.Checkpoint) -> None:
         """Takes back what `save` wrote.
@@ -130,11 +142,15 @@ class Run:
         self.guard.load(checkpoint.state["guard"])
         self.meter.load(checkpoint.state["meter"])
         self.step = checkpoint.state["batch"]
+        known = checkpoint.state["wandb"]
+        if known and self.engine.mesh.is_first and not self.folder.wandb_id.exists():
+            self.folder.wandb.mkdir(exist_ok=True)
+            self.folder.wandb_id.write_text(known)
 
     def take_weights(self, checkpoint: store.Checkpoint) -> None:
         """Weights, moments and averages of a checkpoint of this run; counters stay."""
-        self.engine.load(checkpoint.tensors)
-        self.emas.load(checkpoint.tensors, self.engine.take)
+        store.load_into(checkpoint.path, self.shards(), self.saver.ranks)
+        self.engine.restored()
 
 
 def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelContext) -> Run:
@@ -166,6 +182,7 @@ def build(recipe: Recipe, folder: RunFolder, display: Display, mesh: ParallelCon
         guard=Guard(recipe.guard, folder.ledger, writes=mesh.is_first),
         meter=Meter(peak_tflops(mesh.device, recipe.log.peak_tflops, mesh.world)),
         display=display,
+        saver=Saver(folder.path, recipe.checkpoint, mesh, display.note),
         base=start.fingerprint,
     )
 

@@ -39,7 +39,7 @@ class WandbLog:
         import wandb
 
         folder.wandb.mkdir(parents=True, exist_ok=True)
-        id_file = folder.wandb / "run_id"
+        id_file = folder.wandb_id
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
         self._wandb = wandb

@@ -96,6 +96,10 @@ BAD = [
         "must be a multiple of 16 pixels (model.patch_size=2 · codec.factor=8)",
         "try 48x16 or 64x32",
     ),
+    ({"checkpoint__keep": 0, "checkpoint__keep_every": 9}, "checkpoint.keep_every=9 has no effect", "at least 1"),
+    ({"checkpoint__keep_best": 2}, "checkpoint.keep_best=2 needs the held-out loss", "validation.every=1000"),
+    ({"checkpoint__keep_best": 1, "validation__every": 300}, "no multiple of", "validation.every=1000"),
+    ({"checkpoint__busy": "skip"}, "checkpoint.busy=skip has no effect", "checkpoint.asynchronous=true"),
 ]
 
 
@@ -118,6 +122,8 @@ GOOD = [
     {"model__rope_axes": 3},
     {"train__ema_decays": []},
     {"sample__ema": -1},
+    {"checkpoint__keep_best": 1, "checkpoint__keep_every": 5000, "validation__every": 500},
+    {"checkpoint__busy": "skip", "checkpoint__asynchronous": True},
     {"optimizer__schedule": "wsd", "optimizer__decay_steps": 900},
     {"codec__kind": "diffusers", "codec__path": "vae", "model__modalities": {"image": 16}},
     {"codec__kind": "haar", "model__modalities": {"image": 12}},

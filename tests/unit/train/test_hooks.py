@@ -12,12 +12,17 @@ def test_due():
 
 def test_a_step_is_saved_once():
     saved = []
+
+    def save(final):
+        saved.append((run.step, final))
+        run.saver.saved = run.step
+
     recipe = SimpleNamespace(checkpoint=SimpleNamespace(every=2), train=SimpleNamespace(steps=5))
-    run = SimpleNamespace(step=0, recipe=recipe, save=lambda: saved.append(run.step))
-    run.display = SimpleNamespace(note=lambda text: None)
-    hook = SaveCheckpoint(run)
+    saver = SimpleNamespace(saved=0, poll=lambda: None, wait=lambda: None)
+    run = SimpleNamespace(step=0, recipe=recipe, save=save, saver=saver)
+    hook = SaveCheckpoint()
     hook.save(run)  # a signal before the first step: nothing new
     for run.step in range(1, 6):
         hook.after_step(run, SimpleNamespace(step=run.step))
     hook.save(run)
-    assert saved == [2, 4, 5]
+    assert saved == [(2, False), (4, False), (5, True)]
