@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "reshard.py"
-SOME = "TP2 DP1 ZeRO 1,TP2 DP1 ZeRO 3,DP2 ZeRO 1,DP2 ZeRO 2,DP2 ZeRO 3"
+SOME = "TP2 DP1 ZeRO 1,DP2 ZeRO 1,DP2 ZeRO 3"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("places", "pairs"), [(SOME, 36), pytest.param("", 256, marks=pytest.mark.long)], ids=["two ranks", "all"]
+    ("places", "pairs"), [(SOME, 16), pytest.param("", 256, marks=pytest.mark.long)], ids=["two ranks", "all"]
 )
 def test_every_mesh_loads_what_every_mesh_saved(places, pairs, record_property):
     done = subprocess.run(
