@@ -3,12 +3,12 @@
     flagdit bench chaos
     python benchmarks/chaos.py --kills 20
 
-A tiny model trains on real pictures, with two averages, a bad step, and a checkpoint every third step. Runs are killed
-at random moments, while they start, train or save, each a few dozen times, and continued every time; then weights,
-averages, moments, counters and the losses of all steps are compared with the uninterrupted run, bit by bit. Processes
-are forked from one that has imported everything, so that a life takes a fraction of a second; what they run is
-`flagdit.train.loop.train` as the command does. The last line is one JSON object: kills (`faults`), and whether every
-run ended the same (`bit_equal`).
+A tiny model trains on real pictures, with two averages, bad steps, and a checkpoint every third step, in every second
+run written beside training. Runs are killed at random moments, while they start, train or save, each a few dozen times,
+and continued every time; then weights, averages, moments, counters and the losses of all steps are compared with the
+uninterrupted run, bit by bit. Processes are forked from one that has imported everything, so that a life takes a
+fraction of a second; what they run is `flagdit.train.loop.train` as the command does. The last line is one JSON object:
+kills (`faults`), and whether every run ended the same (`bit_equal`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TINY = {
     "checkpoint.keep": 2,
     "sample.size": "8x8",
 }
-KILLS_A_RUN = 40
+KILLS_A_RUN = 50
 TIMES = ("seconds", "val_seconds", "tokens_per_s", "samples_per_s", "mfu", "ema_seconds", "save_stall")
 """Figures of a metrics line that no two runs share."""
 FROM_THE_START = 0.25
@@ -216,13 +216,15 @@ def main() -> None:
         )
         while c.kills < args.kills:
             c.runs += 1
-            cut = replace(recipe, name=f"cut_{c.runs}")
+            beside = c.runs % 2 == 0
+            cut = replace(recipe, name=f"cut_{c.runs}", checkpoint=replace(recipe.checkpoint, asynchronous=beside))
             before = c.kills
             killed_run(cut, folder / "log", min(KILLS_A_RUN, args.kills - c.kills), span, rng, c)
             found = list(differences(whole, folder / "runs" / cut.name))
             c.different += bool(found)
             told = f"DIFFERS in {', '.join(found[:5])}" if found else "equal, bit by bit"
-            print(f"run {c.runs}: killed {c.kills - before} times, then {told}", flush=True)
+            how = "written beside training" if beside else "waited for"
+            print(f"run {c.runs}, saves {how}: killed {c.kills - before} times, then {told}", flush=True)
     print(f"{c.kills} kills, {c.saving} of them during a save, {c.starting} before its first step; {c.runs} runs")
     figures = {
         "faults": c.kills,

@@ -20,10 +20,11 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flagdit.config.keys import flatten
 from flagdit.config.load import diff, load_recipe, to_yaml
@@ -32,6 +33,9 @@ from flagdit.errors import CheckpointError, RecipeError
 
 BEFORE_THE_RUN = (".lock", "logs", "slurm", "recipe.yaml.tmp")
 """What a folder may hold before it is a run; the last is left where a kill meets the very first write."""
+
+LOCK_PATIENCE = 2.0
+"""Seconds to wait for a folder that another process holds."""
 
 FREE_KEYS = (
     "name",
@@ -131,14 +135,16 @@ class RunFolder:
                     where=str(self.path),
                     fix="Choose another folder with run_dir=… or name=….",
                 ) from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    "another process is training in this run folder",
-                    where=str(self.path),
-                    fix="Wait for it, stop it, or choose another folder with name=….",
-                ) from None
+            # What a killed start has left behind, such as a child that was being born, may take a moment to die.
+            end = time.monotonic() + LOCK_PATIENCE
+            while not _lock(file):
+                if time.monotonic() > end:
+                    raise CheckpointError(
+                        "another process is training in this run folder",
+                        where=str(self.path),
+                        fix="Wait for it, stop it, or choose another folder with name=….",
+                    )
+                time.sleep(0.05)
             yield
 
     def check(self, recipe: Recipe) -> None:
@@ -177,6 +183,14 @@ class RunFolder:
         for file in self.samples.glob("step_*"):
             if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def free(key: str) -> bool:
