@@ -12,7 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from flagdit.checkpoint.tensors import Entry, TensorSource
 from flagdit.errors import CheckpointError
 from flagdit.parallel.shards import Box, Shard
 
+WRITERS = 4
+"""Files that a process writes at once: several cores copy and hash, and fast disks have several queues."""
 SEPARATOR = "/"
 """Between group and name of a tensor, in plans."""
 
@@ -156,26 +158,31 @@ class Writer(StorageWriter):
         rank: of this process.
         groups: names of all groups.
         files: into how many files this process spreads a group's tensors.
+        writers: how many of them it writes at once.
 
     Attributes:
         records: path inside the folder → record, of all files of all ranks; on the coordinating rank, at the end.
     """
 
-    def __init__(self, folder: Path, rank: int, groups: Sequence[str], files: int = 1):
+    def __init__(self, folder: Path, rank: int, groups: Sequence[str], files: int = 1, writers: int = WRITERS):
         self.records: dict[str, FileRecord] = {}
-        self._folder, self._rank, self._groups, self._files = folder, rank, groups, files
+        self._folder, self._rank, self._groups, self._files, self._writers = folder, rank, groups, files, writers
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        with ExitStack() as stack:
-            # Written one after the other, then waited for: the disk works on the first while the last is copied.
-            for (group, file), items in self._by_file(plan).items():
-                durable = stack.enter_context(DurableFile(self._folder / group / file))
-                results += _write_file(durable, group, file, items, planner)
-        for path in dict.fromkeys(self._folder / r.storage_data.group / r.storage_data.chunk.file for r in results):
-            sync(path)
+        places = self._by_file(plan)
+
+        def write(place: tuple[str, str]) -> list[WriteResult]:
+            group, file = place
+            with DurableFile(self._folder / group / file) as durable:
+                return list(_write_file(durable, group, file, places[place], planner))
+
+        with ThreadPoolExecutor(self._writers) as pool:
+            written = list(pool.map(write, places))
+        # Only now waited for, so that the disk has had all of them to work on.
+        for group, file in places:
+            sync(self._folder / group / file)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([result for results in written for result in results])
         return future
 
     def _by_file(self, plan: SavePlan) -> dict[tuple[str, str], list[WriteItem]]:

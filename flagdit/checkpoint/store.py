@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flagdit.checkpoint.chunks import StoredTensors
-from flagdit.checkpoint.dcp import Group, LoadPlans, Reader, SavePlans, Writer, parts_of
+from flagdit.checkpoint.dcp import WRITERS, Group, LoadPlans, Reader, SavePlans, Writer, parts_of
 from flagdit.checkpoint.durable import hash_bytes, write_file
 from flagdit.checkpoint.folders import (
     STAGING,
@@ -83,7 +83,7 @@ def save(
 ) -> Path:
     """Writes a checkpoint; one of the same step is replaced. All ranks call it, with their own shards.
 
-    Beside what the caller holds, at most one slab (64 MiB) of tensors is in memory, and one tensor of a TensorSource.
+    Beside what the caller holds, at most four slabs (64 MiB) of tensors are in memory, or one tensor of a TensorSource.
 
     Args:
         run_dir: the run folder. Only one run may save into it at a time.
@@ -106,7 +106,9 @@ def save(
     root = Path(run_dir) / "checkpoints"
     target = root / folder_name(step)
     staging = root / f"{STAGING}{step}-{ranks.from_first(uuid.uuid4().hex[:8])}"
-    writer = Writer(staging, ranks.rank, list(groups), files)
+    # Tensors that are read when they are written are read one at a time.
+    writers = 1 if any(isinstance(named, TensorSource) for named in groups.values()) else WRITERS
+    writer = Writer(staging, ranks.rank, list(groups), files, writers)
 
     def begin() -> None:
         for group in groups:

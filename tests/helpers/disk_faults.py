@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class Faults:
     def __init__(self, number: int, fault: str, lasting: bool = False):
         self.calls: list[str] = []
         self._number, self._fault, self._lasting = number, fault, lasting
+        self._lock = threading.Lock()
 
     def install(self, patch: Callable[[Any, str, Any], None]) -> "Faults":
         """Puts itself before `os`; `patch` is setattr or a monkeypatch's."""
@@ -34,8 +36,9 @@ class Faults:
         def wrapped(*args, **kwargs):
             if name == "open" and "dir_fd" in kwargs:  # of a removal
                 return function(*args, **kwargs)
-            self.calls.append(name)
-            count = len(self.calls)
+            with self._lock:  # several files are written at once
+                self.calls.append(name)
+                count = len(self.calls)
             if count == self._number or (self._lasting and count > self._number > 0):
                 if name == "write":  # a part of it is there
                     function(args[0], memoryview(args[1])[: len(args[1]) // 2])
