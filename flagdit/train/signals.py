@@ -50,9 +50,12 @@ class Stop:
     def listen(self, pipe: int) -> None:
         """The thread: reads signal numbers as they come, until END."""
         first, since = 0, 0.0
+        # Unlike select(), poll() takes descriptors of any number.
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
         while True:
             left = since + self._seconds - time.monotonic() if first and self._seconds else None
-            if not select.select([pipe], [], [], None if left is None else max(left, 0))[0]:
+            if not poll.poll(None if left is None else 1000 * max(left, 0)):
                 _leave(first, f"not saved within checkpoint.grace={self._seconds:g} s; the last checkpoint stands")
             number = os.read(pipe, 1)[0]
             if number == END:

@@ -77,8 +77,13 @@ CASES: dict[str, Callable] = {
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
     """This rank's part of weights, moments and averages, and the weights that its model computes with."""
-    groups = {**run.engine.state(), **run.emas.state()}
-    return {f"{group}/{name}": t.detach().clone() for group, named in groups.items() for name, t in named.items()}
+    groups = run.shards()
+    return {
+        f"{group}/{name}/{i}": memory.detach().clone()
+        for group, shards in groups.items()
+        for name, shard in shards.items()
+        for i, (_, memory) in enumerate(shard.parts)
+    }
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
