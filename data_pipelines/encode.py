@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,17 +98,24 @@ def encode_dataset(
     if task is not None and not writer.all_done_here(names):
         print(f"{out}: task {task[0]} of {task[1]} is done; the last one completes the data set", flush=True)
         return None
-    rejected = writer.rejected(names)
+    return _complete(writer, raw, machine, settings, max_bad)
+
+
+def _complete(
+    writer: DatasetWriter, raw: Dataset, machine: Machine, settings: dict[str, Any], max_bad: float
+) -> Dataset:
+    """Makes one data set of the shards, which are all there."""
+    rejected = writer.rejected(raw.shard_names)
     writer.ledger(rejected)
-    check_rejected(out, rejected, len(raw), max_bad)
+    check_rejected(writer.out, rejected, len(raw), max_bad)
     info = {k: raw.info[k] for k in ("modality", "source", "licence")}
     info = {"kind": "encoded", **info, **{k: settings[k] for k in ("codec", "text", "dtype", "text_dtype")}}
     info |= {"channels": machine.codec.channels, "factor": machine.codec.factor}
-    info["dtype_error"] = machine.dtype_error()
-    if info["dtype_error"]:
-        print(f"{out}: {settings['dtype']} changes the latents by {info['dtype_error']:.2g} of their size", flush=True)
+    info["dtype_error"] = error = machine.dtype_error()
+    if error:
+        print(f"{writer.out}: {settings['dtype']} changes the latents by {error:.2g} of their size", flush=True)
     null = machine.text.encode([""])[0].numpy() if machine.text is not None else None
-    return writer.finish(info, names, rejected, null)
+    return writer.finish(info, raw.shard_names, rejected, null)
 
 
 def array_task(text: str | None) -> tuple[int, int] | None:

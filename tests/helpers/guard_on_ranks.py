@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from run_files import same
 
 from flagdit.config.load import load_recipe
 from flagdit.data_pipelines.loader import build_loader
@@ -84,10 +85,6 @@ def state_of(run: Run) -> dict[str, torch.Tensor]:
         for name, shard in shards.items()
         for i, (_, memory) in enumerate(shard.parts)
     }
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
 
 
 def two_steps(recipe, out: Path, mesh, spoilt: Callable | None) -> tuple[dict, dict, dict]:

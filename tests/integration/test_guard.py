@@ -1,32 +1,17 @@
 """Steps that go wrong in the middle of real runs, and what the guard makes of them."""
 
-import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from run_files import lines, same, tensors
 
 from flagdit.checkpoint import store
 from flagdit.data_pipelines.loader import build_loader
 from flagdit.train import step as step_module
 from flagdit.train.guard import TrainingError
 from flagdit.train.loop import train
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, as group/name."""
-    saved = store.load(store.find(folder, step))
-    return {f"{group}/{name}": t for group in saved.tensors for name, t in saved.tensors[group].items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from run_files import lines, same, tensors
 
 from flagdit.checkpoint import store
 from flagdit.config.load import load_recipe
@@ -25,20 +26,6 @@ from flagdit.train.display import PlainDisplay
 from flagdit.train.folder import RunFolder
 from flagdit.train.loop import train
 from flagdit.train.run import build
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, as group/name."""
-    saved = store.load(store.find(folder, step))
-    return {f"{group}/{name}": t for group in saved.tensors for name, t in saved.tensors[group].items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
 
 
 def test_a_run_leaves_everything_in_its_folder(tiny, capsys):

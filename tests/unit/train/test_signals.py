@@ -101,6 +101,7 @@ def test_a_child_that_lives_on_does_not_hold_its_parent_back():
         if not pid:
             time.sleep(60)
             os._exit(0)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child still lives"
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
