@@ -325,7 +325,10 @@ def _damaged(path: Path, faults: list[str]) -> CheckpointError:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """A process that saves alone means to."""
+    """A process that saves alone means to.
+
+    The filter stays: taking it back from a thread that saves would race with the warnings of the thread that trains.
+    """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     yield
 

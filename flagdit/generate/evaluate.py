@@ -162,21 +162,22 @@ def flow_losses(
     """
     objective = FlowMatching(pipeline.recipe.flow)
     sums: dict[str, dict[str, list[float]]] = {}
+    times = [(k + 0.5) / bins for k in range(bins)]
+    device = next(pipeline.model.parameters()).device
+    t_S = torch.tensor(times, device=device)
     for i in _spread(dataset.splits[split_name], most):
         sample = dataset.read(i)
         condition = _condition(sample, pipeline)
-        features, labels = pipeline.features([condition]), pipeline.labels([condition])
-        text = None if features is None else PackedText.pack(features)
+        features, labels = pipeline.features([condition]), pipeline.labels([condition] * bins)
+        text = None if features is None else PackedText.pack(features * bins)
         c, f, h, w = sample.latent_CFHW.shape
-        segment = Segment(i, dataset.modality, (c, f, h, w))
-        batch = pack([segment], [sample.latent_CFHW.float()], pipeline.spec, text=text, labels=labels)
-        batch = batch.to(next(pipeline.model.parameters()).device)
+        # One pack holds the sample at all times.
+        segments = [Segment(i, dataset.modality, (c, f, h, w))] * bins
+        batch = pack(segments, [sample.latent_CFHW.float()] * bins, pipeline.spec, text=text, labels=labels).to(device)
+        loss = objective.loss(pipeline.model, batch, draw_path(batch, t_S, pipeline.recipe.seed))
         at = sums.setdefault(f"{w * pipeline.codec.factor}×{h * pipeline.codec.factor}", {})
-        for k in range(bins):
-            t = (k + 0.5) / bins
-            t_S = torch.full((1,), t, device=batch.layout.cu_seqlens.device)
-            loss = objective.loss(pipeline.model, batch, draw_path(batch, t_S, pipeline.recipe.seed))
-            at.setdefault(f"{t:.2f}", []).append(float(loss.per_sample_S[0]))
+        for t, value in zip(times, loss.per_sample_S.tolist(), strict=True):
+            at.setdefault(f"{t:.2f}", []).append(value)
     return {size: {t: sum(v) / len(v) for t, v in at.items()} for size, at in sums.items()}
 
 

