@@ -6,6 +6,7 @@ The choice is a function of device, dtype and width, and never of a measurement:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -32,7 +33,13 @@ def refusal(device_type: str, dtype: torch.dtype, width: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """Marked as by `torch.compiler.assume_constant_result`, which would import the compiler: seconds of every start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def use_triton(operation: str, backend: str, device_type: str, dtype: torch.dtype, width: int = 1) -> bool:
     """Whether `operation` runs its Triton kernels.
 

@@ -74,7 +74,7 @@ def doctor(
     import torch
     from rich.console import Console
 
-    from flagdit.launch.doctor import examine, table_of
+    from flagdit.launch.doctor import examine, table_of, verdict
     from flagdit.model.attention_backends.choose import BACKENDS
 
     def backends() -> dict[str, Optional[str]]:
@@ -83,7 +83,9 @@ def doctor(
         return {backend.name: backend.refusal(device, dtype, 128, lse=False) for backend in BACKENDS}
 
     findings = examine(folder, backends)
-    Console().print(table_of(findings), highlight=False)
+    console = Console()
+    console.print(table_of(findings), highlight=False)
+    console.print(f"\n{verdict(findings)}", highlight=False)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
 
@@ -93,7 +95,8 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[
-        Optional[int], typer.Option(min=1, help="GPUs of the run; the cluster's, or one mesh, if not given.")
+        Optional[int],
+        typer.Option(min=1, help="GPUs of the run; if not given, the cluster's, or one mesh."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200 or b200.")] = "h100",
     sample_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a sample; 0: by the size in `sample`.")] = 0,

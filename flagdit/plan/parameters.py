@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 
 import torch
 
@@ -34,7 +35,7 @@ class Parameters:
     whole: dict[str, int]
     split: frozenset[str]
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Of the model."""
         return sum(self.whole.values())
@@ -49,18 +50,33 @@ class Parameters:
 
     def per_rank(self, tensor: int) -> int:
         """Of one of so many tensor ranks."""
-        return sum(self._own(name, tensor) for name in self.whole)
+        return _part(self.total, self._split_total, tensor)
 
     def largest_block(self, tensor: int) -> int:
         """Of one block of a tensor rank: what ZeRO 3 gathers at a time."""
-        blocks: Counter[str] = Counter()
-        for name in self.whole:
-            if name.startswith("blocks."):
-                blocks[name.split(".")[1]] += self._own(name, tensor)
-        return max(blocks.values())
+        return max(_part(whole, split, tensor) for whole, split in self._blocks)
 
-    def _own(self, name: str, tensor: int) -> int:
-        return self.whole[name] // tensor if name in self.split else self.whole[name]
+    # A search asks for these thousands of times.
+
+    @cached_property
+    def _split_total(self) -> int:
+        return sum(self.whole[name] for name in self.split)
+
+    @cached_property
+    def _blocks(self) -> set[tuple[int, int]]:
+        """(elements, those that are split) of every block; most are alike."""
+        whole: Counter[str] = Counter()
+        split: Counter[str] = Counter()
+        for name, count in self.whole.items():
+            if name.startswith("blocks."):
+                block = name.split(".")[1]
+                whole[block] += count
+                split[block] += count if name in self.split else 0
+        return {(whole[block], split[block]) for block in whole}
+
+
+def _part(whole: int, split: int, tensor: int) -> int:
+    return whole - split + split // tensor
 
 
 def count_parameters(cfg: ModelConfig) -> Parameters:

@@ -14,9 +14,9 @@ from flagdit.errors import RecipeError
 from flagdit.plan.gpus import GPUS, Gpu, gpu_named
 from flagdit.plan.memory import Memory, memory_of
 from flagdit.plan.parameters import Parameters, count_parameters
-from flagdit.plan.search import Candidate, candidates, nearest_fits, ranked
+from flagdit.plan.search import CHECKPOINTING, Candidate, Fleet, candidates, enough_gpus, nearest_fits, ranked
 from flagdit.plan.time import GPUS_PER_NODE, Operations, Time, Traffic, operations_of, time_of, traffic_of
-from flagdit.plan.workload import Workload, workload_of
+from flagdit.plan.workload import Workload
 
 SHOWN = 10
 MEMORY_ROWS = {
@@ -32,7 +32,13 @@ MEMORY_ROWS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known about a recipe on so many GPUs before it runs."""
+    """All that is known about a recipe on so many GPUs before it runs.
+
+    Attributes:
+        others: meshes that were looked for.
+        impossible: why the recipe's own mesh is none of these GPUs; the plan is then of the first of `others`.
+        enough: GPUs on which it would fit as it is; None: not asked, or no number of them.
+    """
 
     recipe: Recipe
     gpu: Gpu
@@ -44,6 +50,8 @@ class Plan:
     time: Time
     by_checkpointing: dict[str, float]
     others: list[Candidate]
+    impossible: str | None = None
+    enough: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -60,7 +68,7 @@ def make_plan(
     *,
     gpu: str = "h100",
     gpus: int = 0,
-    per_node: int = GPUS_PER_NODE,
+    per_node: int = 0,
     sample_tokens: int = 0,
     text_tokens: int = 0,
     search: bool = False,
@@ -70,36 +78,48 @@ def make_plan(
     Args:
         recipe: any that validates.
         gpu: name of a known GPU.
-        gpus: ranks; 0: as many as one pack takes.
-        per_node: GPUs of a node.
+        gpus: ranks; 0: those of the `cluster` block, or without one as many as one pack takes.
+        per_node: GPUs of a node; 0: those of the `cluster` block, or 8.
         sample_tokens, text_tokens: mean tokens of a sample and a caption; 0: as `sample.size` and `text.max_length`.
         search: look at all other meshes; without it, only where the recipe's own does not fit.
 
     Raises:
-        RecipeError: the mesh does not fit the model, the batch or the GPUs.
+        RecipeError: the mesh does not fit the model, the batch or the GPUs; in a search, none does.
     """
-    device = gpu_named(gpu)
-    work = workload_of(recipe, gpus or recipe.parallel.tensor * recipe.parallel.context, sample_tokens, text_tokens)
-    parameters = count_parameters(recipe.model)
-    memory = memory_of(work, parameters)
-    by_checkpointing = {
-        kind: memory_of(_checkpointed(work, kind), parameters).activations for kind in ("none", "selective", "block")
-    }
+    cluster, mesh = recipe.cluster, recipe.parallel.tensor * recipe.parallel.context
+    gpus = gpus or cluster.nodes * cluster.gpus_per_node or mesh
+    per_node = per_node or cluster.gpus_per_node or GPUS_PER_NODE
+    fleet = Fleet(gpu_named(gpu), gpus, per_node, sample_tokens, text_tokens)
     others: list[Candidate] = []
-    if search or memory.total > device.memory:
-        found = candidates(recipe, work, parameters, device, per_node)
-        others = ranked(found, device)[:SHOWN] if search else nearest_fits(found, device)
+    impossible = enough = None
+    parameters = count_parameters(recipe.model)
+    if search:
+        others = ranked(candidates(recipe, parameters, fleet), fleet.gpu)[:SHOWN]
+    try:
+        work = fleet.workload(recipe)
+    except RecipeError as error:
+        if not search:
+            raise RecipeError(str(error), fix=f"--search looks for a mesh of {gpus} GPUs.") from error
+        if not others:
+            raise RecipeError(f"{error}; and of all other meshes of {gpus} GPUs none fits") from error
+        impossible, work = str(error), others[0].work
+    memory = memory_of(work, parameters)
+    if memory.total > fleet.gpu.memory:
+        others = others or nearest_fits(candidates(recipe, parameters, fleet), fleet.gpu)
+        enough = enough_gpus(recipe, parameters, fleet)
     return Plan(
         recipe=recipe,
-        gpu=device,
+        gpu=fleet.gpu,
         work=work,
         parameters=parameters,
         operations=operations_of(work),
         traffic=traffic_of(work, parameters),
         memory=memory,
-        time=time_of(work, parameters, device, per_node),
-        by_checkpointing=by_checkpointing,
+        time=time_of(work, parameters, fleet.gpu, per_node),
+        by_checkpointing={kind: memory_of(_checkpointed(work, kind), parameters).activations for kind in CHECKPOINTING},
         others=others,
+        impossible=impossible,
+        enough=enough,
     )
 
 
@@ -128,6 +148,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "days": plan.days,
         "gpu_hours": plan.days * 24 * work.gpus,
         "fits": plan.fits,
+        "impossible": plan.impossible,
+        "enough_gpus": plan.enough,
         "fits_on": [gpu.name for gpu in GPUS.values() if plan.memory.total <= gpu.memory],
         "others": [
             {"changes": c.changes, "memory": c.memory.total, "seconds": c.time.step, "mfu": c.time.mfu}
@@ -140,6 +162,9 @@ def show(plan: Plan, console: Console, *, searched: bool) -> None:
     """Prints the plan as tables."""
     work, p = plan.work, plan.work.parallel
     mesh = f"tensor {p.tensor} × context {p.context} (ring {p.ring}) × data {work.data}, ZeRO {p.zero}"
+    if plan.impossible:
+        fastest = plan.others[0].overrides
+        console.print(f"not as it is: {plan.impossible}\nThis is the fastest mesh: {fastest}\n", highlight=False)
     console.print(f"[bold]{plan.recipe.name}[/] on {work.gpus} × {plan.gpu.name}: {mesh}", highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -170,7 +195,8 @@ def verdict(plan: Plan) -> str:
     also = f"Fits on: {', '.join(where)}." if where else "It fits on no known GPU."
     if plan.fits:
         return f"fits: {need:.1f} of {have:.0f} GB. {also}"
-    return f"does not fit: {need:.1f} of {have:.0f} GB. {also}" + (
+    more = f" As it is, it fits on {plan.enough} × {plan.gpu.name}." if plan.enough else ""
+    return f"does not fit: {need:.1f} of {have:.0f} GB. {also}{more}" + (
         " The nearest changes that make it fit:" if plan.others else " No mesh of these GPUs fits: take more of them."
     )
 
@@ -181,6 +207,14 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     t = plan.traffic
     axes = {"tensor": t.tensor, "heads": t.ulysses, "ring": t.ring, "ZeRO": t.shards}
     sent = ", ".join(f"{axis} {value / 1e9:.2f}" for axis, value in axes.items() if value) or "none"
+    kinds = {
+        "products": time.matmul,
+        "attention": time.attention,
+        "memory-bound": time.memory,
+        "waiting": time.communication,
+        "optimizer": time.optimizer,
+    }
+    spent = ", ".join(f"{kind} {seconds / time.step:.0%}" for kind, seconds in kinds.items())
     return [
         ("parameters", f"{plan.parameters.total:,} ({parts})"),
         ("a pack", f"{len(work.seqlens)} × {work.seqlens[0]} tokens, {work.text_tokens} text tokens"),
@@ -190,14 +224,18 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"{ops.model:.3g}, {ops.attention / ops.model:.0%} of them bidirectional attention",
         ),
         ("sent per GPU and step", f"{sent} GB" if sent != "none" else sent),
-        (
-            "a step",
-            f"{time.step:.3g} s: products {time.matmul:.3g}, attention {time.attention:.3g}, "
-            f"memory-bound {time.memory:.3g}, waiting {time.communication:.3g}, optimizer {time.optimizer:.3g}",
-        ),
+        ("a step", f"{span(time.step)}: {spent}"),
         ("MFU", f"{time.mfu:.0%} (predicted)"),
-        ("the run", f"{work.steps:,} steps: {plan.days:.3g} days, {plan.days * 24 * work.gpus:,.0f} GPU-hours"),
+        ("the run", f"{work.steps:,} steps: {span(86400 * plan.days)}, {plan.days * 24 * work.gpus:,.4g} GPU-hours"),
     ]
+
+
+def span(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    # 90 minutes read better as minutes, 1.5 s as seconds.
+    units = (("days", 86400, 2), ("hours", 3600, 2), ("minutes", 60, 2), ("s", 1, 1), ("ms", 1e-3, 0))
+    unit, size = next((unit, size) for unit, size, least in units if seconds >= least * size)
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _others(plan: Plan, searched: bool) -> Table:

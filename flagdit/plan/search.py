@@ -11,6 +11,7 @@ from flagdit.config.schema import Recipe
 from flagdit.config.validate import divisors
 from flagdit.config.validate_parallel import parallel_problems
 from flagdit.errors import RecipeError
+from flagdit.model.sizes import resolve
 from flagdit.plan.gpus import Gpu
 from flagdit.plan.memory import Memory, memory_of
 from flagdit.plan.parameters import Parameters
@@ -19,6 +20,30 @@ from flagdit.plan.workload import Workload, workload_of
 
 CHECKPOINTING = ("none", "selective", "block")
 LARGEST_TENSOR = 8
+MOST = 16384
+"""GPUs: of larger runs nobody would believe a formula."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What a recipe is planned for.
+
+    Attributes:
+        gpu: each of the GPUs.
+        gpus: ranks of the run.
+        per_node: GPUs of a node.
+        sample_tokens, text_tokens: as `workload_of` takes them.
+    """
+
+    gpu: Gpu
+    gpus: int
+    per_node: int
+    sample_tokens: int = 0
+    text_tokens: int = 0
+
+    def workload(self, recipe: Recipe) -> Workload:
+        """Raises RecipeError where the recipe's mesh is none of these GPUs."""
+        return workload_of(recipe, self.gpus, self.sample_tokens, self.text_tokens)
 
 
 @dataclass(frozen=True)
@@ -43,17 +68,32 @@ class Candidate:
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items()) or "as it is"
 
 
-def candidates(recipe: Recipe, base: Workload, parameters: Parameters, gpu: Gpu, per_node: int) -> list[Candidate]:
+def candidates(recipe: Recipe, parameters: Parameters, fleet: Fleet) -> list[Candidate]:
     """Every mesh of the same GPUs that fills the batch, with every way of checkpointing."""
+    # With its size applied once, not for each of thousands.
+    recipe = replace(recipe, model=replace(resolve(recipe.model), size=None))
     found = []
-    for changed, changes in _variants(recipe, base.gpus):
+    for changed, changes in _variants(recipe, fleet.gpus):
         try:
-            work = workload_of(changed, base.gpus, base.seqlens[0], base.text_seqlens[0] if base.text_seqlens else 0)
+            work = fleet.workload(changed)
         except RecipeError:
             continue
-        memory = memory_of(work, parameters)
-        found.append(Candidate(changes, work, memory, time_of(work, parameters, gpu, per_node)))
+        memory, time = memory_of(work, parameters), time_of(work, parameters, fleet.gpu, fleet.per_node)
+        found.append(Candidate(changes, work, memory, time))
     return found
+
+
+def enough_gpus(recipe: Recipe, parameters: Parameters, fleet: Fleet) -> int | None:
+    """The fewest of these GPUs, by doubling, on which the recipe fits as it is; None: it fits on no number of them."""
+    gpus = fleet.gpus
+    while (gpus := 2 * gpus) <= MOST:
+        try:
+            work = replace(fleet, gpus=gpus).workload(recipe)
+        except RecipeError:
+            return None
+        if memory_of(work, parameters).total <= fleet.gpu.memory:
+            return gpus
+    return None
 
 
 def ranked(found: list[Candidate], gpu: Gpu) -> list[Candidate]:

@@ -83,9 +83,9 @@ def workload_of(recipe: Recipe, gpus: int, sample_tokens: int = 0, text_tokens: 
     patches, special = sample_of(recipe, m)
     length = sample_tokens or patches + special
     packs = gpus // (p.tensor * p.context) * recipe.train.accumulation
-    # With a token budget data.batch_size counts packs; a sample longer than the budget is a pack of its own.
-    budget = recipe.data.pack_tokens
-    samples = max(budget // length, 1) if budget else recipe.data.batch_size // packs
+    # A micro-batch joins so many samples or, with a token budget, packs; a sample longer than the budget is one.
+    share, budget = recipe.data.batch_size // packs, recipe.data.pack_tokens
+    samples = share * (max(budget // length, 1) if budget else 1)
     return Workload(
         model=m,
         parallel=p,

@@ -64,6 +64,13 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert done.stdout.splitlines()[-1] == "[]" and "train" in done.stdout
 
 
+def test_a_plan_does_not_wait_for_what_trains_and_compiles():
+    heavy = "{'torch._dynamo', 'torch._inductor', 'deepspeed', 'megatron', 'transformers', 'matplotlib'}"
+    script = f"import sys, flagdit.plan.report; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_version(flagdit):
     assert flagdit("--version")[:2] == (0, "flagdit 0.1.0\n")
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flagdit.kernels import flow_noise
+from flagdit.kernels.dispatch import use_triton
 from flagdit.kernels.gated_residual_norm import gated_residual, gated_residual_norm
 from flagdit.kernels.layer_norm_rope import layer_norm_rope
 from flagdit.kernels.qk_norm_rope import qk_norm_rope
@@ -68,6 +69,10 @@ def operators():
         "flow_noise": (data, dt, table, unit),
         "flow_noise_backward": (ddata, ddata, ddata, dt, table, unit),
     }  # fmt: skip
+
+
+def test_the_choice_is_marked_as_torch_marks_constants():
+    assert vars(use_triton) == vars(torch.compiler.assume_constant_result(lambda: None))
 
 
 def test_every_operator_is_tested():

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from flagdit.config.load import load_recipe
 from flagdit.errors import RecipeError
-from flagdit.plan.report import as_json, make_plan, plot, show
+from flagdit.plan.report import as_json, make_plan, plot, show, span
 
 BIG = ["model.size=5b", "model.dim=512", "model.num_layers=8", "model.num_heads=8", "model.ffn_dim=null"]
 BIG += ["train.precision=bf16", "data.batch_size=8", "train.ema_decays=[0.999]"]
@@ -40,6 +40,49 @@ def test_search_ranks_fitting_meshes_by_time():
     seconds = [round(c.time.step, 6) for c in plan.others]
     assert len(seconds) > 3 and seconds == sorted(seconds) and all(c.fits(plan.gpu) for c in plan.others)
     assert "fastest first" in shown(plan, searched=True)
+
+
+def test_search_finds_meshes_where_the_recipes_own_is_none_of_these_gpus():
+    own = big("train.accumulation=4", "model.checkpointing=block")
+    with pytest.raises(RecipeError, match=r"multiple of 8 data ranks .*\. --search looks for a mesh of 8 GPUs"):
+        make_plan(own, gpus=8, sample_tokens=1024)
+    plan = make_plan(own, gpus=8, sample_tokens=1024, search=True)
+    assert "multiple of 8 data ranks" in plan.impossible and plan.work == plan.others[0].work
+    text = shown(plan, searched=True)
+    assert text.startswith("not as it is: data.batch_size=8") and plan.others[0].overrides in text
+    assert as_json(plan)["impossible"] == plan.impossible
+    with pytest.raises(RecipeError, match="of all other meshes of 8 GPUs none fits"):
+        make_plan(own, gpu="a100-40", gpus=8, sample_tokens=4_000_000, search=True)
+
+
+def test_how_many_gpus_are_enough_is_told():
+    recipe = big("data.batch_size=64", "model.checkpointing=block")
+    plan = make_plan(recipe, gpu="a100-80", gpus=2, sample_tokens=8192)
+    assert not plan.fits and plan.enough in (4, 8, 16, 32, 64) and f"fits on {plan.enough} × a100-80" in shown(plan)
+    assert make_plan(recipe, gpu="a100-80", gpus=plan.enough, sample_tokens=8192).fits
+    assert not make_plan(recipe, gpu="a100-80", gpus=plan.enough // 2, sample_tokens=8192).fits
+    assert make_plan(big(), gpus=8, sample_tokens=1024).enough is None
+
+
+def test_gpus_are_those_of_the_cluster_unless_given():
+    recipe = big("cluster.nodes=2", "cluster.gpus_per_node=4")
+    assert make_plan(recipe, sample_tokens=64).work.gpus == 8
+    assert make_plan(recipe, gpus=4, sample_tokens=64).work.gpus == 4 and make_plan(big()).work.gpus == 1
+
+
+def test_a_micro_batch_joins_packs_with_a_token_budget():
+    keys = ["data.pack_tokens=1024", "data.batch_size=8", "train.accumulation=2"]
+    work = make_plan(big(*keys), gpus=2, sample_tokens=512).work
+    assert work.seqlens == (512,) * 4 and work.tokens_per_step == 8 * 1024
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.000222, "0.222 ms"), (0.5, "500 ms"), (1.51, "1.51 s"), (198, "3.3 minutes"), (5400, "90 minutes"),
+     (9000, "2.5 hours"), (1744000, "20.2 days")],
+)  # fmt: skip
+def test_times_are_told_in_their_unit(seconds, text):
+    assert span(seconds) == text
 
 
 def test_json_holds_what_the_tables_show():
