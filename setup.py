@@ -42,6 +42,7 @@ setup(
         "fsspec>=2024.6",
         "pyarrow>=17",
         "pyyaml>=6",
+        "packaging>=23",
         "trimesh>=4.5",
         "triton>=3.4; platform_system == 'Linux'",
     ],

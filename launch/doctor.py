@@ -10,20 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from rich.table import Table
 
+from flagdit import __version__
+from flagdit.errors import LaunchError
+from flagdit.launch import scheduler
 from flagdit.launch.health import nvidia_smi
 
-PACKAGES = ("torch", "triton", "megatron-core", "deepspeed", "transformers", "diffusers", "flash-attn", "flash-attn-3")
-OPTIONAL = ("megatron-core", "deepspeed", "flash-attn", "flash-attn-3")
+SHOWN = ("torch", "triton", "megatron-core", "deepspeed", "transformers", "diffusers")
+"""Of the packages that must be there, those whose versions people ask for."""
+OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4")
 PROBE = 64 * 2**20
 SLOW_DISK = 100e6
 SMALL_SHM = 1e9
-MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]look[/]", "bad": "[red]wrong[/]"}
+MARKS = {"ok": "[green]ok[/]", "none": "[dim]–[/]", "warn": "[yellow]look[/]", "bad": "[red]wrong[/]"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        state: ok, warn (works, but worse than it could) or bad (something will fail).
+        state: ok, none (need not be there), warn (works, but worse than it could) or bad (something will fail).
         fix: what to do; empty when all is well.
     """
 
@@ -59,20 +65,46 @@ def table_of(findings: list[Finding]) -> Table:
     return table
 
 
+def verdict(findings: list[Finding]) -> str:
+    """All of it in one line."""
+    bad, warn = (sum(finding.state == state for finding in findings) for state in ("bad", "warn"))
+    told = [f"{bad} wrong"] * bool(bad) + [f"{warn} to look at"] * bool(warn)
+    return ", ".join(told) if told else "nothing is wrong"
+
+
 def _python() -> list[Finding]:
-    return [Finding("python", f"{platform.python_version()}, {sys.executable}")]
+    return [
+        Finding("flagdit", f"{__version__}, {Path(__file__).resolve().parents[1]}"),
+        Finding("python", f"{platform.python_version()}, {sys.executable}"),
+    ]
 
 
 def _packages() -> list[Finding]:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(Finding(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            needed = name not in OPTIONAL
-            fix = f"pip install {name}" if needed or not name.startswith("flash") else ""
-            found.append(Finding(name, "not installed", "bad" if needed else "ok", fix))
+    """What is installed, held against what flagdit's own metadata asks for."""
+    needed = [Requirement(text) for text in importlib.metadata.requires("flagdit") or ()]
+    needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    found = [_package(requirement) for requirement in needed]
+    found = [f for f in found if f.state != "ok" or f.what in SHOWN]
+    for name in OPTIONAL:
+        version = _version(name)
+        found.append(Finding(name, version or "not installed", "ok" if version else "none"))
     return found
+
+
+def _package(requirement: Requirement) -> Finding:
+    version, fix = _version(requirement.name), f"pip install '{requirement.name}{requirement.specifier}'"
+    if version is None:
+        return Finding(requirement.name, "not installed", "bad", fix)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, f"{version}, but {requirement.specifier} is needed", "bad", fix)
+    return Finding(requirement.name, version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _devices() -> list[Finding]:
@@ -91,14 +123,18 @@ def _devices() -> list[Finding]:
     if driver:
         fix = "Install the torch build of your CUDA version (pytorch.org has the command)."
         return [Finding("GPUs", f"{driver} in the driver, torch {torch.__version__} sees none", "bad", fix)]
-    return [Finding("GPUs", "none: training runs on the CPU")]
+    return [Finding("GPUs", "none: training runs on the CPU", "none")]
 
 
 def _attention(backends: Callable[[], dict[str, str | None]]) -> list[Finding]:
     served = backends()
     able = [name for name, reason in served.items() if reason is None]
-    refused = "; ".join(f"{name}: {reason}" for name, reason in served.items() if reason)
-    return [Finding("attention", ", ".join(able) + (f" (not {refused})" if refused else ""))]
+    refused: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in served.items():
+        if reason is not None:
+            refused[reason].append(name)
+    why = "".join(f"; not {', '.join(names)}: {reason}" for reason, names in refused.items())
+    return [Finding("attention", (", ".join(able) or "none") + why, "ok" if able else "bad")]
 
 
 def _compilers() -> list[Finding]:
@@ -140,7 +176,12 @@ def _disk(folder: Path) -> list[Finding]:
 
 
 def _slurm() -> Finding:
-    where = shutil.which("sbatch")
-    return Finding(
-        "SLURM", where or "not on this machine: `flagdit launch slurm --dry-run` writes scripts all the same"
-    )
+    if not scheduler.there():
+        return Finding("SLURM", "not here; `flagdit launch slurm --dry-run` writes scripts all the same", "none")
+    try:
+        partitions = scheduler.live_partitions()
+    except LaunchError as error:
+        return Finding("SLURM", error.what, "warn", error.fix)
+    if partitions is None:
+        return Finding("SLURM", "sbatch is here, but no controller answers", "warn", "Try `scontrol ping`.")
+    return Finding("SLURM", ", ".join(f"{name} (longest job: {limit})" for name, limit in partitions.items()))
