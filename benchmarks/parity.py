@@ -1,6 +1,6 @@
 """A tiny model on every mesh of some ranks against one process: losses, gradients, averages and three optimizer steps.
 
-    python benchmarks/parity.py [--ranks 2,4] [--only "TP2 SP"] [--out FILE]
+    python benchmarks/parity.py [--ranks 2,4] [--brief] [--only "TP2 SP"] [--out FILE]
 
 Eight uneven pictures and videos with captions make a global batch. The columns are the largest relative differences:
 of a loss, of a gradient norm, of any parameter's gradient, and of any weight, moment or average after three steps.
@@ -82,10 +82,17 @@ def read(case: Case, folder: Path) -> tuple[dict[str, list[float]], dict[str, to
     return json.loads((folder / f"{case.name}.json").read_text()), load_file(folder / f"{case.name}.safetensors")
 
 
-def start(ranks: int, folder: Path, only: str, tell: Callable[[str], None]) -> None:
+def start(ranks: int, folder: Path, brief: bool, only: str, tell: Callable[[str], None]) -> None:
     """Runs all cases of that many ranks."""
     script = Path(__file__).with_name("_parity_ranks.py")
-    argv = [sys.executable, str(script), str(ranks), str(folder), *([only] if only and ranks > 1 else [])]
+    argv = [
+        sys.executable,
+        str(script),
+        str(ranks),
+        str(folder),
+        "brief" if brief else "all",
+        only if ranks > 1 else "",
+    ]
     port = free_port()
     path = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
 
@@ -100,6 +107,7 @@ def start(ranks: int, folder: Path, only: str, tell: Callable[[str], None]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks (default: 2,4)")
+    parser.add_argument("--brief", action="store_true", help="one or two micro-batches in turn instead of both")
     parser.add_argument("--only", default="", help="cases whose names hold all these words")
     parser.add_argument("--out", type=Path, help="also write figures and conditions to this file")
     args = parser.parse_args()
@@ -107,8 +115,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for ranks in (1, *worlds):
-            start(ranks, Path(name), args.only, lambda line: print(line, file=sys.stderr))
-            wanted = [case for case in cases(ranks) if all(word in case.name for word in args.only.split())]
+            start(ranks, Path(name), args.brief, args.only, lambda line: print(line, file=sys.stderr))
+            wanted = [case for case in cases(ranks, args.brief) if all(word in case.name for word in args.only.split())]
             rows += [compare(case, Path(name)) for case in wanted if ranks > 1]
     print(f"{'case':<52}{'loss':>9}{'norm':>9}{'gradient':>10}{'3 steps':>9}")
     for row in rows:

@@ -11,10 +11,14 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "least"), [(2, 61), (4, 100)])
-def test_every_mesh_equals_one_process(ranks, least, record_property):
+@pytest.mark.parametrize(
+    ("ranks", "how", "least"),
+    [(2, [], 61), (4, ["--brief"], 58), pytest.param(4, [], 100, marks=pytest.mark.long)],
+    ids=["two ranks", "four ranks, briefly", "four ranks"],
+)
+def test_every_mesh_equals_one_process(ranks, how, least, record_property):
     done = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--ranks", str(ranks)],
+        [sys.executable, str(BENCHMARK), "--ranks", str(ranks), *how],
         capture_output=True,
         text=True,
         timeout=1500,
