@@ -2,12 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from run_files import same, tensors
+
+from flagdit.checkpoint.store import latest
 
 TENSOR_CONTEXT = ("parallel.tensor=2", "parallel.context=2")
 
@@ -44,39 +45,28 @@ def test_a_run_continues_on_another_mesh(train):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_with_the_cause(emoji, tmp_path):
-    keys = [f"run_dir={tmp_path}/runs", "name=killed", f"data.path={emoji}", "data.batch_size=16", "train.device=cpu"]
-    keys += ["train.log_every=1", "validation.every=0", "sample.every=0", "train.steps=100000", *TENSOR_CONTEXT]
-    launch = [sys.executable, "-m", "flagdit.cli", "launch", "local", "quickstart", *keys, "--ranks", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "out").open("w") as out:
-        launcher = subprocess.Popen(launch, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    try:
-        metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
-        deadline = time.monotonic() + 300
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
-            time.sleep(0.2)
-        ranks = ranks_of(launcher.pid)
-        assert set(ranks) == {0, 1, 2, 3}
-        os.kill(ranks[2], signal.SIGKILL)
-        began = time.monotonic()
-        code = launcher.wait(timeout=60)
-        assert time.monotonic() - began <= 30
-    finally:
-        launcher.kill()
-    said = (tmp_path / "out").read_text()
+def test_a_killed_rank_ends_the_run_with_the_cause(begin):
+    launcher, ranks, out = begin("killed", 4, 2, "train.steps=100000", *TENSOR_CONTEXT)
+    assert set(ranks) == {0, 1, 2, 3}
+    os.kill(ranks[2], signal.SIGKILL)
+    began = time.monotonic()
+    code = launcher.wait(timeout=60)
+    assert time.monotonic() - began <= 30
+    said = out.read_text()
     assert code != 0 and "rank 2" in said and said.count("error:") == 1, said
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()], "a rank is left behind"
 
 
-def ranks_of(launcher: int) -> dict[int, int]:
-    """Rank → process id, of the launcher's children."""
-    found = {}
-    for task in Path(f"/proc/{launcher}/task").iterdir():
-        for pid in map(int, (task / "children").read_text().split()):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            rank = next((v.partition("=")[2] for v in variables if v.startswith("RANK=")), None)
-            if rank is not None:
-                found[int(rank)] = pid
-    return found
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_ranks_that_save_beside_training_and_are_killed_continue_bit_by_bit(train, begin, tmp_path, zero):
+    keys = ("train.steps=12", "checkpoint.every=2", "checkpoint.asynchronous=true", f"parallel.zero={zero}")
+    expected = train("whole", 2, *keys)
+    launcher, ranks, _ = begin("cut", 2, 7, *keys)
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    cut, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
+    assert latest(cut) is not None
+    assert curve(train("cut", 2, *keys)) == curve(expected)
+    assert same(tensors(cut, 12), tensors(whole, 12))
