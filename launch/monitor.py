@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from flagdit.config.load import load_recipe
 from flagdit.errors import LaunchError
 from flagdit.launch import scheduler
 
 TAIL = 65536
+WELL = ("RUNNING", "PENDING", "COMPLETED", "COMPLETING", "finished", "stopped", "training here", "no job")
 ERROR = re.compile(r"^(error: .*|\w*(Error|Exception)(: .*)?|slurmstepd.*(error|CANCELLED).*)$")
 
 
@@ -25,7 +30,7 @@ class Status:
     """A run as it stands.
 
     Attributes:
-        state: SLURM's, or what the folder tells: finished, not started, no job.
+        state: SLURM's, or what the folder tells: finished, stopped, failed, gave up, training here, no job.
         step, steps: done and of the whole run.
         tokens_per_s: of the last metrics line.
         checkpoint: step of the newest one; None: none yet.
@@ -61,10 +66,7 @@ def status_of(run: Path) -> Status:
     step = max((line["step"] for line in lines), default=0)
     job, facts = _current_job(run)
     saved = sorted(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*[0-9]"))
-    state = facts.get("JobState", "UNKNOWN") if job else ("no job" if step < steps else "finished")
-    if step >= steps:
-        state = "finished"
-    unwell = state not in ("RUNNING", "PENDING", "COMPLETED", "COMPLETING", "finished", "no job")
+    state = _state(run, job, facts, done=step >= steps)
     return Status(
         name=run.name,
         job=job,
@@ -76,8 +78,35 @@ def status_of(run: Path) -> Status:
         tokens_per_s=trained[-1]["tokens_per_s"] if trained else None,
         checkpoint=saved[-1] if saved else None,
         eta=_eta(trained, steps),
-        error=last_error(run) if unwell else None,
+        error=None if state in WELL else last_error(run),
     )
+
+
+def _state(run: Path, job: str | None, facts: dict[str, str], *, done: bool) -> str:
+    if done:
+        return "finished"
+    if job is None or scheduler.ended(facts):
+        if _held(run):
+            return "training here"
+        if (run / "slurm" / "stop").exists():
+            return "stopped"
+    if job is None:
+        return "no job"
+    # Without accounting SLURM forgets a job minutes after its end; its script has written down what it could.
+    told = [line["event"] for line in _last_lines(run / "slurm" / "events.jsonl")]
+    return facts.get("JobState") or (told[-1] if told and told[-1] in ("failed", "gave up") else "UNKNOWN")
+
+
+def _held(run: Path) -> bool:
+    """Whether a process of this machine trains in the folder."""
+    try:
+        with (run / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # never trained, or on a file system without locks
+    return False
 
 
 def all_runs(folder: Path) -> list[Path]:
@@ -90,13 +119,13 @@ def all_runs(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.stat().st_mtime)
 
 
-def table_of(runs: list[Path]) -> Table:
-    """The states of runs, a row each."""
+def table_of(runs: list[Path]) -> RenderableType:
+    """The states of runs, a row each, and below them what went wrong with those that are unwell."""
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "job", "state", "nodes", "restarts", "step", "tokens/s", "checkpoint", "left", "last error"):
-        table.add_column(column, overflow="fold")
-    for run in runs:
-        s = status_of(run)
+    for column in ("run", "job", "state", "nodes", "restarts", "step", "tokens/s", "saved", "left"):
+        table.add_column(column, overflow="fold", no_wrap=column not in ("run", "state", "nodes"))
+    found = [status_of(run) for run in runs]
+    for s in found:
         table.add_row(
             s.name,
             s.job or "",
@@ -107,9 +136,8 @@ def table_of(runs: list[Path]) -> Table:
             "" if s.tokens_per_s is None else f"{s.tokens_per_s:,.0f}",
             "" if s.checkpoint is None else str(s.checkpoint),
             "" if s.eta is None else _duration(s.eta),
-            s.error or "",
         )
-    return table
+    return Group(table, *(Text(f"\n{s.name}: {s.error}") for s in found if s.error))
 
 
 def log_files(run: Path, rank: int | None) -> list[Path]:
@@ -147,7 +175,7 @@ def stop(run: Path, seconds: float, tell: Callable[[str], None]) -> None:
     Raises:
         LaunchError: the run has no job, or its job has not left after so many seconds.
     """
-    live = [(job, facts) for job, facts in _jobs(run) if not scheduler.ended(facts)]
+    live = live_jobs(run)
     if not live:
         raise LaunchError(
             f"{run} has no job in the queue", fix="A run on this machine is stopped by Ctrl-C or SIGTERM."
@@ -177,6 +205,11 @@ def last_error(run: Path) -> str | None:
     own = sorted(folder.glob("slurm_*.out"), key=lambda p: p.stat().st_mtime)
     lines = _tail(own[-1]).split("\n") if own else []
     return next((f"{own[-1].name}: {line}" for line in reversed(lines) if line.strip()), None)
+
+
+def live_jobs(run: Path) -> list[tuple[str, dict[str, str]]]:
+    """Jobs of a run that run or wait, the newest first."""
+    return [(job, facts) for job, facts in _jobs(run) if not scheduler.ended(facts)]
 
 
 def _jobs(run: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -227,6 +260,8 @@ def _eta(trained: list[dict[str, Any]], steps: int) -> float | None:
 
 
 def _duration(seconds: float) -> str:
-    minutes, _ = divmod(round(seconds), 60)
+    minutes = math.ceil(seconds / 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours // 24}d{hours % 24:02d}h" if hours >= 24 else f"{hours}h{minutes:02d}m"
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m"

@@ -16,6 +16,7 @@ from flagdit.config.schema import ClusterConfig, Recipe
 from flagdit.config.validate import raise_problems
 from flagdit.config.validate_cluster import cluster_problems, ranks_of
 from flagdit.errors import LaunchError
+from flagdit.launch.monitor import live_jobs
 from flagdit.launch.scheduler import command, live_partitions, there
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -128,7 +129,7 @@ def launch_training(
 
     Raises:
         RecipeError: the recipe or its cluster block is wrong.
-        LaunchError: there is no SLURM here, or it refuses the job.
+        LaunchError: there is no SLURM here, it refuses the job, or the run has one already.
     """
     recipe = checked(load_recipe(name, overrides, profiles))
     check(recipe, ranks_of(recipe))
@@ -138,6 +139,14 @@ def launch_training(
         tell(script.rstrip())
         return None
     _need_slurm()
+    # Two jobs of a run would meet in its folder, unless one waits for the other.
+    if recipe.cluster.dependency is None and (live := live_jobs(folder)):
+        jobs = ", ".join(f"{job} ({facts['JobState']})" for job, facts in live)
+        raise LaunchError(
+            f"the run {recipe.name} has jobs in the queue already: {jobs}",
+            fix=f"Stop it first (flagdit stop {folder}), choose another name, or queue behind it with "
+            f"cluster.dependency=afterany:{live[0][0]}.",
+        )
     state = folder / "slurm"
     for made in (state, _logs(recipe, folder)):
         made.mkdir(parents=True, exist_ok=True)

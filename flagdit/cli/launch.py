@@ -118,6 +118,8 @@ def status(
 
     if not everything and not runs:
         raise RecipeError("flagdit status needs run folders or --all")
+    if everything and not all_runs(run_dir):
+        raise RecipeError(f"there are no runs in {run_dir}", fix="Give the folder of runs with --run-dir.")
     if not watch:
         Console().print(table(), highlight=False)
         return

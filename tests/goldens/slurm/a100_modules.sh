@@ -101,8 +101,8 @@ if ! srun --ntasks-per-node=1 --ntasks=2 --cpus-per-task=8 python -m flagdit.lau
     again "bad nodes: $bad" "$bad"
 fi
 
-# Ranks that are signalled save and leave with 138 (SIGUSR1) or 143 (SIGTERM). srun tells on stderr how each ended: the first
-# one is the cause, the others are consequences.
+# Ranks that are signalled save and leave with 138 (SIGUSR1) or 143 (SIGTERM). srun tells on stderr how each ended: one that
+# knew why (2) or else the first is the cause, the others are consequences.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --cpus-per-task=8 --output=/shared/logs/rank_%t.log \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=4; exec python -m flagdit.cli train /shared/runs/big/slurm/recipe.yaml' 2>"$state/srun.log" &
@@ -114,7 +114,8 @@ while :; do
     [[ -n $waiting ]] || break
 done
 cat "$state/srun.log"
-first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$state/srun.log")
+ends=$(grep -E 'tasks? [0-9,-]+: ' "$state/srun.log")
+first=$(grep -m 1 -E 'exit code 2$' <<<"$ends" || head -n 1 <<<"$ends")
 
 if [[ -e $state/stop ]]; then
     say "stopped by flagdit stop; the same launch continues the run"

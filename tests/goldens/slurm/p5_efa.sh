@@ -99,8 +99,8 @@ if ! srun --ntasks-per-node=1 --ntasks=4 --cpus-per-task=24 python -m flagdit.la
     again "bad nodes: $bad" "$bad"
 fi
 
-# Ranks that are signalled save and leave with 138 (SIGUSR1) or 143 (SIGTERM). srun tells on stderr how each ended: the first
-# one is the cause, the others are consequences.
+# Ranks that are signalled save and leave with 138 (SIGUSR1) or 143 (SIGTERM). srun tells on stderr how each ended: one that
+# knew why (2) or else the first is the cause, the others are consequences.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --cpus-per-task=192 --output=/shared/runs/big/logs/rank_%t.log \
     python -m torch.distributed.run --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --max-restarts=0 --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 -m flagdit.cli train /shared/runs/big/slurm/recipe.yaml 2>"$state/srun.log" &
@@ -112,7 +112,8 @@ while :; do
     [[ -n $waiting ]] || break
 done
 cat "$state/srun.log"
-first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$state/srun.log")
+ends=$(grep -E 'tasks? [0-9,-]+: ' "$state/srun.log")
+first=$(grep -m 1 -E 'exit code 2$' <<<"$ends" || head -n 1 <<<"$ends")
 
 if [[ -e $state/stop ]]; then
     say "stopped by flagdit stop; the same launch continues the run"

@@ -11,7 +11,7 @@ import pytest
 from flagdit.config.load import load_recipe
 from flagdit.config.validate_cluster import cluster_problems, seconds_of
 from flagdit.errors import LaunchError, RecipeError
-from flagdit.launch import slurm
+from flagdit.launch import scheduler, slurm
 from flagdit.launch.slurm import launch_encoding, launch_training, render_encoding, render_training
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "slurm"
@@ -184,6 +184,25 @@ def test_submission_freezes_the_recipe_and_clears_what_an_earlier_job_left(tmp_p
     assert load_recipe(state / "recipe.yaml").train.steps == 7 and not (state / "stop").exists()
     assert (state / "jobs.jsonl").read_text().count('"job"') == 2 and "job 42" in told[-1]
     assert "--dependency=singleton" in (state / "job.sh").read_text()
+
+
+def test_a_run_with_a_job_gets_no_second_one_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "live_partitions", lambda: None)
+    monkeypatch.setattr(scheduler, "there", lambda: True)
+    monkeypatch.setattr(slurm, "there", lambda: True)
+    jobs = iter(["41", "42"])
+    monkeypatch.setattr(slurm, "submit_script", lambda script, file: next(jobs))
+    states = {"41": {"JobState": "RUNNING"}}
+    monkeypatch.setattr(scheduler, "job", lambda number: states.get(number, {}))
+    overrides = [f"run_dir={tmp_path}"]
+    assert launch_training("quickstart", overrides, submit=True, tell=print) == "41"
+    with pytest.raises(LaunchError, match=r"in the queue already: 41 \(RUNNING\).*flagdit stop .*afterany:41"):
+        launch_training("quickstart", overrides, submit=True, tell=print)
+    behind = [*overrides, "cluster.dependency=afterany:41"]
+    assert launch_training("quickstart", behind, submit=True, tell=print) == "42"
+    states["41"] = {"JobState": "COMPLETED"}
+    jobs = iter(["43"])
+    assert launch_training("quickstart", overrides, submit=True, tell=print) == "43"
 
 
 def test_a_refusal_of_slurm_is_told_in_its_words(tmp_path, monkeypatch):
