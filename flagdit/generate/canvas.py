@@ -152,12 +152,15 @@ def draw_canvas(
 def patches_of(pipeline: Pipeline, pixels: Sequence[int], what: str) -> tuple[int, ...]:
     """Pixels → patches, along rows or columns.
 
+    Args:
+        what: has these pixels, as the user wrote it.
+
     Raises:
         RecipeError: not multiples of what a patch covers.
     """
     unit = pipeline.codec.factor * pipeline.spec.patch_size
     if any(p % unit for p in pixels):
-        raise RecipeError(f"{what} {'x'.join(map(str, pixels))} must be made of multiples of {unit} pixels")
+        raise RecipeError(f"{what} must be made of multiples of {unit} pixels")
     return tuple(p // unit for p in pixels)
 
 

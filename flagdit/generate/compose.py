@@ -34,6 +34,11 @@ class Region:
     width: int
     height: int
 
+    @property
+    def place(self) -> str:
+        """WIDTHxHEIGHT+LEFT+TOP."""
+        return f"{self.width}x{self.height}+{self.left}+{self.top}"
+
     @classmethod
     def parse(cls, text: str) -> Region:
         """'WIDTHxHEIGHT+LEFT+TOP PROMPT' → a region.
@@ -76,11 +81,11 @@ def compose(
     Raises:
         RecipeError: as `draw_canvas`, or a region whose sides the model cannot make.
     """
-    rows, columns = patches_of(pipeline, size[::-1], "a size of")
+    rows, columns = patches_of(pipeline, size[::-1], "a size of {}x{}".format(*size))
     views = []
     for region in regions:
         box = (region.top, region.left, region.height, region.width)
-        top, left, height, width = patches_of(pipeline, box, "a region of (top, left, height, width)")
+        top, left, height, width = patches_of(pipeline, box, f"a region of {region.place}")
         weight = ramp(height, fade)[:, None] * ramp(width, fade)
         views.append(View(region.condition, (0, top, left), (cfg.frames, height, width), weight))
     if background is not None:
@@ -114,8 +119,8 @@ def panorama(
     Raises:
         RecipeError: as `draw_canvas`, or a window that the model cannot make.
     """
-    rows, columns = patches_of(pipeline, size[::-1], "a size of")
-    height, width = patches_of(pipeline, window[::-1], "a window of")
+    rows, columns = patches_of(pipeline, size[::-1], "a size of {}x{}".format(*size))
+    height, width = patches_of(pipeline, window[::-1], "a window of {}x{}".format(*window))
     height, width = min(height, rows), min(width, columns)
     weight = ramp(height, height // 2)[:, None] * ramp(width, width // 2)
     views = []

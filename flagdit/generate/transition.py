@@ -56,7 +56,7 @@ def scenes(
         raise RecipeError(
             f"{cfg.modality} has no frames", where="sample.modality", fix="Use one that has, such as video."
         )
-    rows, columns = patches_of(pipeline, size[::-1], "a size of")
+    rows, columns = patches_of(pipeline, size[::-1], "a size of {}x{}".format(*size))
     window = min(window or cfg.frames, cfg.frames)
     shares = schedule(len(conditions), cfg.frames, window // 2 if fade is None else fade, loop)
     views = []

@@ -107,12 +107,13 @@ def test_regions_that_cover_need_no_background(painting, level):
     close(drawn[..., :4], torch.full((3, 1, 8, 4), level("a dog")))
     with pytest.raises(RecipeError, match="nothing says what to draw"):
         compose(pipeline, halves[:1], pipeline.recipe.sample, size=(8, 8))
-    with pytest.raises(RecipeError, match="multiples of 2 pixels"):
+    with pytest.raises(RecipeError, match=r"a region of 8x8\+1\+0 must be made of multiples of 2 pixels"):
         compose(pipeline, [Region("a dog", 1, 0, 8, 8)], pipeline.recipe.sample, size=(16, 8), background="")
 
 
 def test_regions_as_text():
     assert Region.parse("24x16+8+0 a dog, 3x3+1+1") == Region("a dog, 3x3+1+1", 8, 0, 24, 16)
+    assert Region.parse("24x16+8+0 a dog").place == "24x16+8+0"
     assert Region.parse(" 4x4+0+0:  a cat ") == Region("a cat", 0, 0, 4, 4)
     for text in ("24x16 a dog", "24x16+0+0", "a dog", "24x16+-1+0 a dog"):
         with pytest.raises(RecipeError, match="is not a region"):
