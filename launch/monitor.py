@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flagdit.config.load import load_recipe
+from flagdit.config.validate_cluster import ranks_per_node
 from flagdit.errors import LaunchError
 from flagdit.launch import scheduler
 
@@ -77,7 +78,7 @@ def status_of(run: Path) -> Status:
         steps=steps,
         tokens_per_s=trained[-1]["tokens_per_s"] if trained else None,
         checkpoint=saved[-1] if saved else None,
-        eta=_eta(trained, steps),
+        eta=_eta(trained, steps) if step < steps else None,
         error=None if state in WELL else last_error(run),
     )
 
@@ -141,7 +142,7 @@ def table_of(runs: list[Path]) -> RenderableType:
 
 
 def log_files(run: Path, rank: int | None) -> list[Path]:
-    """The log of a rank, or of the job itself.
+    """The log of a rank (that of its node, where torchrun started it), or of the job itself.
 
     Raises:
         LaunchError: there is none.
@@ -149,6 +150,9 @@ def log_files(run: Path, rank: int | None) -> list[Path]:
     pattern = "slurm_*.out" if rank is None else f"rank_{rank}.log"
     folder = _log_folder(run)
     files = sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
+    submitted = run / "slurm" / "recipe.yaml"
+    if not files and rank is not None and submitted.exists():
+        files = list(folder.glob(f"node_{rank // ranks_per_node(load_recipe(submitted))}.log"))
     if not files:
         there = sorted(p.name for p in folder.glob("*.*"))
         fix = f"There are {', '.join(there[:8])}." if there else "The job may not have started yet: flagdit status."

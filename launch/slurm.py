@@ -260,7 +260,8 @@ def _environment(c: ClusterConfig, per_node: int) -> dict:
 def _train(recipe: Recipe, folder: Path, logs: Path, per_node: int) -> str:
     c = recipe.cluster
     train = f"-m flagdit.cli train {shlex.quote(str(folder / 'slurm' / 'recipe.yaml'))}"
-    output = f"--output={shlex.quote(str(logs / 'rank_%t.log'))}"
+    kind = "node" if c.launcher == "torchrun" else "rank"
+    output = f"--output={shlex.quote(str(logs / f'{kind}_%t.log'))}"
     if c.launcher == "torchrun":
         rendezvous = f"--nnodes={c.nodes} --nproc-per-node={per_node} --rdzv-backend=c10d --max-restarts=0"
         where = '--rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"'

@@ -102,7 +102,7 @@ fi
 # Ranks that are signalled save and leave with 138 (SIGUSR1) or 143 (SIGTERM). srun tells on stderr how each ended: one that
 # knew why (2) or else the first is the cause, the others are consequences.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 --cpus-per-task=192 --output=/shared/runs/big/logs/rank_%t.log \
+srun --kill-on-bad-exit=1 --cpus-per-task=192 --output=/shared/runs/big/logs/node_%t.log \
     python -m torch.distributed.run --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --max-restarts=0 --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 -m flagdit.cli train /shared/runs/big/slurm/recipe.yaml 2>"$state/srun.log" &
 step=$!
 while :; do

@@ -9,7 +9,7 @@ from rich.console import Console
 from flagdit.config.load import load_recipe, save_recipe
 from flagdit.errors import LaunchError
 from flagdit.launch import monitor, scheduler
-from flagdit.launch.monitor import all_runs, status_of, table_of
+from flagdit.launch.monitor import all_runs, log_files, status_of, table_of
 
 
 @pytest.fixture
@@ -84,6 +84,18 @@ def test_the_table_fits_a_terminal_and_errors_stand_below_it(run, tmp_path):
 
 def test_times_left():
     assert [monitor._duration(s) for s in (50, 600, 5400, 100_000)] == ["1m", "10m", "1h30m", "1d03h"]
+
+
+def test_logs_of_ranks_are_those_of_their_nodes_where_torchrun_started_them(run):
+    folder = run()
+    (folder / "logs" / "node_1.log").touch()
+    with pytest.raises(LaunchError, match=r"there is no rank_3\.log\. There are node_1\.log"):
+        log_files(folder, 3)
+    keys = ["cluster.launcher=torchrun", "cluster.ranks_per_node=2"]
+    save_recipe(load_recipe("quickstart", keys), folder / "slurm" / "recipe.yaml")
+    assert log_files(folder, 3) == log_files(folder, 2) == [folder / "logs" / "node_1.log"]
+    (folder / "logs" / "rank_3.log").touch()
+    assert log_files(folder, 3) == [folder / "logs" / "rank_3.log"]
 
 
 def test_no_run_is_told(tmp_path):
