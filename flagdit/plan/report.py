@@ -19,6 +19,8 @@ from flagdit.plan.time import GPUS_PER_NODE, Operations, Time, Traffic, operatio
 from flagdit.plan.workload import Workload
 
 SHOWN = 10
+FAILURE_FREE = 54 * 16384 / 419 * 86400
+"""GPU-seconds between unplanned interruptions of Llama 3's pretraining (arXiv 2407.21783, section 3.3.4)."""
 MEMORY_ROWS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -61,6 +63,16 @@ class Plan:
     def days(self) -> float:
         """Of the whole run, without interruptions."""
         return self.time.step * self.work.steps / 86400
+
+    @property
+    def between_failures(self) -> float:
+        """Seconds, at Llama 3's rate."""
+        return FAILURE_FREE / self.work.gpus
+
+    @property
+    def lost_by_failure(self) -> float:
+        """Seconds of training that a failure undoes: half of those between two checkpoints."""
+        return self.time.step * self.recipe.checkpoint.every / 2
 
 
 def make_plan(
@@ -147,6 +159,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mfu": plan.time.mfu,
         "days": plan.days,
         "gpu_hours": plan.days * 24 * work.gpus,
+        "seconds_between_failures": plan.between_failures,
+        "seconds_lost_by_failure": plan.lost_by_failure,
         "fits": plan.fits,
         "impossible": plan.impossible,
         "enough_gpus": plan.enough,
@@ -226,7 +240,13 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("sent per GPU and step", f"{sent} GB" if sent != "none" else sent),
         ("a step", f"{span(time.step)}: {spent}"),
         ("MFU", f"{time.mfu:.0%} (predicted)"),
-        ("the run", f"{work.steps:,} steps: {span(86400 * plan.days)}, {plan.days * 24 * work.gpus:,.4g} GPU-hours"),
+        ("the run", f"{work.steps:,} steps: {span(86400 * plan.days)}, {plan.days * 24 * work.gpus:,.0f} GPU-hours"),
+        (
+            "failures",
+            f"one in {span(plan.between_failures)} at Llama 3's rate; by checkpoint.every="
+            f"{plan.recipe.checkpoint.every} it undoes {span(plan.lost_by_failure)}, "
+            f"{plan.lost_by_failure / plan.between_failures:.2%} of the time",
+        ),
     ]
 
 
@@ -235,7 +255,8 @@ def span(seconds: float) -> str:
     # 90 minutes read better as minutes, 1.5 s as seconds.
     units = (("days", 86400, 2), ("hours", 3600, 2), ("minutes", 60, 2), ("s", 1, 1), ("ms", 1e-3, 0))
     unit, size = next((unit, size) for unit, size, least in units if seconds >= least * size)
-    return f"{seconds / size:.3g} {unit}"
+    number = seconds / size
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 
 def _others(plan: Plan, searched: bool) -> Table:

@@ -79,7 +79,7 @@ def test_a_micro_batch_joins_packs_with_a_token_budget():
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.000222, "0.222 ms"), (0.5, "500 ms"), (1.51, "1.51 s"), (198, "3.3 minutes"), (5400, "90 minutes"),
-     (9000, "2.5 hours"), (1744000, "20.2 days")],
+     (9000, "2.5 hours"), (1744000, "20.2 days"), (79056000, "915 days")],
 )  # fmt: skip
 def test_times_are_told_in_their_unit(seconds, text):
     assert span(seconds) == text
@@ -94,6 +94,9 @@ def test_json_holds_what_the_tables_show():
     assert told["tokens_per_step"] == 8 * 1024 and told["mesh"]["data"] == 8
     text = shown(plan)
     assert f"{plan.parameters.total:,}" in text and "8,192" in text and "fits:" in text
+    assert told["seconds_between_failures"] == pytest.approx(54 * 86400 / 419 * 16384 / 8)
+    assert told["seconds_lost_by_failure"] == pytest.approx(told["seconds"]["step"] * 250 / 2)
+    assert "at Llama 3's rate" in text
     assert told["gpu_hours"] == pytest.approx(told["days"] * 24 * 8)
 
 
