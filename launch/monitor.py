@@ -64,9 +64,10 @@ def status_of(run: Path) -> Status:
     steps = load_recipe(recipe_file).train.steps
     lines = list(_last_lines(run / "metrics.jsonl"))
     trained = [line for line in lines if "tokens_per_s" in line]
-    step = max((line["step"] for line in lines), default=0)
-    job, facts = _current_job(run)
     saved = sorted(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*[0-9]"))
+    # Metrics come every few steps; a signal saves at any.
+    step = max([line["step"] for line in lines] + saved, default=0)
+    job, facts = _current_job(run)
     state = _state(run, job, facts, done=step >= steps)
     return Status(
         name=run.name,

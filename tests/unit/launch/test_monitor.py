@@ -63,6 +63,12 @@ def test_states(run, given, state):
     assert status_of(run(**given)).state == state
 
 
+def test_a_checkpoint_past_the_last_metrics_counts(run):
+    folder = run()
+    (folder / "checkpoints" / "step_00000107").mkdir()
+    assert status_of(folder).step == status_of(folder).checkpoint == 107
+
+
 def test_a_run_that_trains_here_is_told_by_its_lock(run):
     folder = run()
     with (folder / ".lock").open("w") as lock:
