@@ -58,7 +58,8 @@ def inception(weights: Path) -> Features:
         raise RecipeError(
             f"FID needs torch-fidelity: {error}",
             where="--fid",
-            fix="`pip install torch-fidelity`, with the torchvision build of this torch.",
+            fix="`pip install torch-fidelity`, with the torchvision build of this torch. "
+            "--fid names a local file of its weights (pt_inception-2015-12-05-….pth); nothing is downloaded.",
         ) from error
     if not weights.is_file():
         raise RecipeError("there is no such file", where=f"--fid {weights}", fix="Give the weights that FID uses.")
@@ -120,6 +121,9 @@ class ClipScores:
     """
 
     def __init__(self, folder: Path):
+        if not folder.is_dir():
+            fix = "Give a CLIP model of transformers with its tokenizer, saved by save_pretrained."
+            raise RecipeError("there is no such folder", where=f"--clip {folder}", fix=fix)
         from transformers import AutoTokenizer, CLIPModel
 
         try:

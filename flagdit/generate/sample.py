@@ -19,6 +19,7 @@ from flagdit.generate.draw import Way, draw
 from flagdit.generate.media import DEFAULT_NAMES, check_any_name, check_media_name, save_samples
 from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
 from flagdit.generate.presets import preset
+from flagdit.model.modality import MODALITIES
 from flagdit.parallel.mesh import ParallelContext
 
 
@@ -104,6 +105,9 @@ def settings_of(recipe: Recipe, preset_name: str | None, settings: Mapping[str, 
     given = {k: v for k, v in (settings or {}).items() if v is not None}
     if isinstance(given.get("train_size"), str) and given["train_size"].isdecimal():
         given["train_size"] = "x".join([given["train_size"]] * 2)
+    modality = MODALITIES.get(given.get("modality", ""))
+    if modality is not None and not modality.has_frames:
+        given.setdefault("frames", 1)  # the recipe's frames are of the modality that it names
     changed = replace(recipe.sample, **{**(preset(preset_name) if preset_name else {}), **given})
     # What the run was trained with may be against a rule that came later: only what the settings change counts.
     before = {str(problem) for problem in problems_of(recipe)}

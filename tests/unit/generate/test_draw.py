@@ -1,5 +1,6 @@
 """Ways to draw: each reaches its feature, excludes the others, and presets cost what they say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_given_settings_win_over_a_preset(recipe):
         settings_of(recipe, None, {"scaling": "magic"})
     with pytest.raises(RecipeError, match="guidance_interval"):
         settings_of(recipe, None, {"guidance_interval": [0.5, 0.2]})
+
+
+def test_frames_are_of_the_modality_that_the_recipe_names(recipe):
+    clips = replace(recipe, model=replace(recipe.model, modalities={"video": 3, "audio": 1}))
+    clips = replace(clips, sample=replace(clips.sample, modality="video", frames=8))
+    assert settings_of(clips, None, {"modality": "audio"}).frames == 1
+    assert settings_of(clips, None, {"modality": "video"}).frames == settings_of(clips, None, {}).frames == 8
+    assert settings_of(clips, None, {"modality": "audio", "frames": 3}).frames == 3  # which is refused when it is drawn
 
 
 def test_ways_exclude_each_other():

@@ -61,7 +61,7 @@ def test_inception_is_torch_fidelitys_with_a_local_file(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="no such file"):
         inception(tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(RecipeError, match="pip install torch-fidelity"):
+    with pytest.raises(RecipeError, match=r"pip install torch-fidelity`.* a local file of its weights"):
         inception(tmp_path / "weights")
 
 
@@ -103,5 +103,7 @@ def test_clip_scores_follow_the_cosine(clip_folder):
     assert scores(pictures, ["dog"] * 3)["clip_top1"] == 1
     alone = [scores([p], [c])["clip_score"] for p, c in zip(pictures, ["dog", "cat", "dog"], strict=True)]
     assert scores(pictures, ["dog", "cat", "dog"])["clip_score"] == pytest.approx(sum(alone) / 3, abs=1e-3)
-    with pytest.raises(RecipeError, match="not a CLIP model"):
+    with pytest.raises(RecipeError, match="no such folder"):
         ClipScores(clip_folder.parent / "nowhere")
+    with pytest.raises(RecipeError, match="not a CLIP model"):
+        ClipScores(clip_folder.parent)
