@@ -244,7 +244,7 @@ def main() -> None:
             "checkpoint_gb": STATE / 1e9,
             "storage_gb_per_s": STORAGE_PER_GPU * GPUS / 1e9,
         }
-        measured = "pauses and restart: one process with a model of 1M parameters on this CPU"
+        measured = "pauses and restart: one process with a model of 4 layers, 128 wide, on this CPU"
         write_result(args.out, figures, ("torch",), seeds=args.seeds, measured=measured, assumed=assumed)
     print(json.dumps(figures))
 
