@@ -21,7 +21,7 @@ def run(tmp_path, monkeypatch):
         (folder / "slurm").mkdir(parents=True)
         (folder / "logs").mkdir()
         (folder / "checkpoints" / "step_00000050").mkdir(parents=True)
-        save_recipe(load_recipe("quickstart"), folder / "recipe.yaml")
+        save_recipe(load_recipe("quickstart", ["train.steps=1000"]), folder / "recipe.yaml")
         lines = [{"step": n, "seconds": 2.0 * n, "tokens_per_s": 50.0 * n} for n in range(10, step + 1, 10)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if facts is not None:
