@@ -182,7 +182,7 @@ def compare(
 
     \b
     Example:
-      flagdit compare runs/quickstart@750 runs/quickstart@1000 --out compare.html
+      flagdit compare runs/quickstart@600 runs/quickstart@800 --out compare.html
     """
     from flagdit.generate.comparison import write_comparison
 
