@@ -95,7 +95,7 @@ def test_json_holds_what_the_tables_show():
     text = shown(plan)
     assert f"{plan.parameters.total:,}" in text and "8,192" in text and "fits:" in text
     assert told["seconds_between_failures"] == pytest.approx(54 * 86400 / 419 * 16384 / 8)
-    assert told["seconds_lost_by_failure"] == pytest.approx(told["seconds"]["step"] * 250 / 2)
+    assert told["seconds_lost_by_failure"] == pytest.approx(told["seconds"]["step"] * plan.recipe.checkpoint.every / 2)
     assert "at Llama 3's rate" in text
     assert told["gpu_hours"] == pytest.approx(told["days"] * 24 * 8)
 
