@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
 
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import RecipeError
@@ -74,13 +75,14 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     """
     if cfg.size is not None:
         cfg = _apply_size(cfg, cfg.size)
-    cfg = replace(
-        cfg,
-        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
-        ffn_dim=cfg.ffn_dim or -(-8 * cfg.dim // (3 * 256)) * 256,
-        cond_dim=cfg.cond_dim or min(cfg.dim, 1024),
-        final_shift=cfg.block == "flag" if cfg.final_shift is None else cfg.final_shift,
-    )
+    filled: dict[str, Any] = {
+        "num_kv_heads": cfg.num_kv_heads or cfg.num_heads,
+        "ffn_dim": cfg.ffn_dim or -(-8 * cfg.dim // (3 * 256)) * 256,
+        "cond_dim": cfg.cond_dim or min(cfg.dim, 1024),
+        "final_shift": cfg.block == "flag" if cfg.final_shift is None else cfg.final_shift,
+    }
+    if any(getattr(cfg, key) != value for key, value in filled.items()):
+        cfg = replace(cfg, **filled)
     # config/validate.py tells users; this guards code that builds its own configuration.
     assert cfg.dim % (2 * cfg.num_heads) == 0, "heads must divide the width into even sizes"
     assert cfg.num_heads % (cfg.num_kv_heads or 1) == 0, "key/value heads must divide the query heads"

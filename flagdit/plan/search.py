@@ -114,10 +114,12 @@ def _variants(recipe: Recipe, gpus: int) -> Iterator[tuple[Recipe, dict[str, Any
     for tensor, context in product(tensors, divisors(gpus)):
         if gpus % (tensor * context):
             continue
+        data = gpus // (tensor * context)
+        filling = [n for n in accumulations if recipe.data.batch_size % (data * n) == 0]
         for ring, zero, offload in product(divisors(context), (1, 2, 3), (False, True)):
             if offload and not parallel.offload and zero != 2:
                 continue
-            for kind, accumulation in product(CHECKPOINTING, accumulations):
+            for kind, accumulation in product(CHECKPOINTING, filling):
                 values = {
                     "parallel.tensor": (parallel.tensor, tensor),
                     "parallel.context": (parallel.context, context),
