@@ -22,6 +22,7 @@ from flagdit.data_pipelines.records import Raw, Rejected, Source, safe_key, stab
 from flagdit.errors import DataError, RecipeError
 
 CAPTIONS = "captions.jsonl"
+BESIDE = (".txt", ".json", ".jsonl", ".mtl", ".png", ".jpg")  # captions, and what meshes refer to
 
 
 @dataclass(frozen=True)
@@ -62,60 +63,102 @@ def captioned_files(
         DataError: no such folder, or no such files in it.
     """
     check_holdout(holdout)
-    folder = Path(src).expanduser()
-    if not folder.is_dir():
-        raise DataError("there is no such folder", where=str(src), fix=f"Give the folder of your {what} (--from).")
-    known = {*read, *not_read}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    media = [p for p in files if p.suffix.lower() in known]
-    if not any(p.suffix.lower() in set(read) for p in media):
-        endings = ", ".join(sorted(read))
-        raise DataError(
-            f"holds no {what}", where=str(src), fix=f"Files ending in {endings} are read, in sub-folders too."
-        )
-    listed, broken = _listed_captions(folder)
-    strangers = set(listed) - {p.relative_to(folder).as_posix() for p in media}
-    broken += [Rejected(name, f"{CAPTIONS} names it, but it is not there") for name in sorted(strangers)]
+    found = _look_through(Path(src).expanduser(), frozenset(read), frozenset(not_read), what)
 
     def items() -> Iterator[Raw | Rejected]:
-        yield from broken
+        yield from found.broken
         seen = ("", "")
-        for path in sorted(media, key=lambda p: (p.parent, p.stem, p.suffix)):
-            name = path.relative_to(folder).as_posix()
+        for path in found.media:
+            name = found.name(path)
             stem = name[: -len(path.suffix)]
             if stem == seen[0]:
                 yield Rejected(name, f"has the same name as {seen[1]}")
                 continue
             seen = (stem, name)
-            yield from _samples(path, name, stem)
-
-    def _samples(path: Path, name: str, stem: str) -> Iterator[Raw | Rejected]:
-        try:
-            if path.suffix.lower() not in set(read):
-                raise DataError(f"{path.suffix} files are not read; convert it to one of {', '.join(sorted(read))}")
-            within = folder.resolve() in path.resolve().parents
-            if not within:
-                raise DataError("is a link that leads out of the folder")
-            check_bytes(path.stat().st_size, limits)
-            entry = caption_entry(path, listed.get(name))
-            captions, label = captions_of(entry, limits)
+            try:
+                loaded, captions, label = _load(found, path, load, limits)
+            except DataError as error:
+                yield Rejected(name, error.what)
+                continue
             split = drawn_split(seed, stem, holdout)
-            with time_limit(limits.sample_seconds):
-                loaded = list(load(path))
-        except OSError as error:
-            yield Rejected(name, f"cannot be read ({error.strerror or error})")
-        except DataError as error:
-            yield Rejected(name, error.what)
-        else:
             for m in loaded:
-                key = safe_key(stem + m.suffix)
-                meta = {"file": name, **m.meta}
+                key, meta = safe_key(stem + m.suffix), {"file": name, **m.meta}
                 yield Raw(key, m.media, m.shape, captions[0], split, label, meta, captions[1:])
 
-    relevant = [p for p in files if p in set(media) or p.suffix in (".txt", ".json", ".jsonl", ".mtl", ".png", ".jpg")]
-    stats = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in relevant]
-    own = {"files": f"{stable_hash(*stats):016x}", "holdout": holdout, "seed": seed, "limits": vars(limits)}
-    return Source(modality, len(media) + len(broken), {**settings, **own}, "the user's own files", items())
+    own = {"files": found.fingerprint(), "holdout": holdout, "seed": seed, "limits": vars(limits)}
+    total = len(found.media) + len(found.broken)
+    return Source(modality, total, {**settings, **own}, "the user's own files", items())
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a folder of the user's holds.
+
+    Attributes:
+        files: all of them, hidden ones excepted.
+        media: those of the kind that is wanted, sorted so that files of one name stand together.
+        read: endings that can be loaded; media may have others.
+        listed: file → entry of captions.jsonl.
+        broken: lines of captions.jsonl that say nothing about a file here.
+    """
+
+    folder: Path
+    files: list[Path]
+    media: list[Path]
+    read: frozenset[str]
+    listed: dict[str, dict[str, Any]]
+    broken: list[Rejected]
+
+    def name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def fingerprint(self) -> str:
+        """Changes when a file that may matter does."""
+        media = set(self.media)
+        relevant = [p for p in self.files if p in media or p.suffix in BESIDE]
+        stats = [(p, p.stat()) for p in relevant]
+        return f"{stable_hash(*((self.name(p), s.st_size, s.st_mtime_ns) for p, s in stats)):016x}"
+
+
+def _look_through(folder: Path, read: frozenset[str], not_read: frozenset[str], what: str) -> _Files:
+    """
+    Raises:
+        DataError: no such folder, or nothing in it that can be read.
+    """
+    if not folder.is_dir():
+        raise DataError("there is no such folder", where=str(folder), fix=f"Give the folder of your {what} (--from).")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    media = [p for p in files if p.suffix.lower() in read | not_read]
+    if not any(p.suffix.lower() in read for p in media):
+        endings = ", ".join(sorted(read))
+        raise DataError(
+            f"holds no {what}", where=str(folder), fix=f"Files ending in {endings} are read, in sub-folders too."
+        )
+    listed, broken = _listed_captions(folder)
+    strangers = set(listed) - {p.relative_to(folder).as_posix() for p in media}
+    broken += [Rejected(name, f"{CAPTIONS} names it, but it is not there") for name in sorted(strangers)]
+    return _Files(folder, files, sorted(media, key=lambda p: (p.parent, p.stem, p.suffix)), read, listed, broken)
+
+
+def _load(
+    found: _Files, path: Path, load: Callable[[Path], Iterable[Media]], limits: LimitsConfig
+) -> tuple[list[Media], tuple[str, ...], int]:
+    """One file's samples, captions and label.
+
+    Raises:
+        DataError: the reason why it cannot be used.
+    """
+    try:
+        if path.suffix.lower() not in found.read:
+            raise DataError(f"{path.suffix} files are not read; convert it to one of {', '.join(sorted(found.read))}")
+        if found.folder.resolve() not in path.resolve().parents:
+            raise DataError("is a link that leads out of the folder")
+        check_bytes(path.stat().st_size, limits)
+        captions, label = captions_of(caption_entry(path, found.listed.get(found.name(path))), limits)
+        with time_limit(limits.sample_seconds):
+            return list(load(path)), captions, label
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})") from error
 
 
 def check_holdout(holdout: float) -> None:
