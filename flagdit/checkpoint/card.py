@@ -70,10 +70,24 @@ def write_card(folder: Path, card: Card, weights: Weights, tensors: TensorSource
 
 
 def _data(weights: Weights) -> str:
-    """The data set by its name and by what is in it; for imported weights, where they come from."""
+    """Every data set by its name and weight, and what is in them; for imported weights, where they come from."""
     if origin := weights.state.get(ORIGIN):
         return f"as trained by others ({origin['format']} {origin['name']})"
-    return f"{Path(weights.recipe.data.path).name}, content {weights.state['data']}, split {weights.recipe.data.split}"
+    data = weights.recipe.data
+    names = _told_apart(list(data.sets) or [data.path])
+    shares = [f" (weight {weight:g})" for weight in data.sets.values()] or [""]
+    named = ", ".join(name + share for name, share in zip(names, shares, strict=True))
+    return f"{named}, content {weights.state['data']}, split {data.split}"
+
+
+def _told_apart(paths: list[str]) -> list[str]:
+    """Folders by as many of their last parts as it takes to tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths
 
 
 def _folder(kind: str, path: str | None) -> str:

@@ -312,4 +312,6 @@ def _text(value: Any) -> str:
         # "${" would be taken as a reference to another key.
         value = value.replace("${", "\\${")
     # Inside a list, YAML quotes what a flow style needs.
-    return yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=True).strip()[1:-1]
+    # The order of data.sets is part of the run.
+    text = yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    return text.strip()[1:-1]

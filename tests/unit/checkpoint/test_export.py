@@ -158,6 +158,14 @@ def test_a_card_without_a_licence_says_so(trained, tmp_path):
     assert "encoded, content c0ffee, split train" in card and str(tmp_path) not in card
 
 
+def test_a_card_names_every_data_set_with_its_weight(trained, tmp_path):
+    sets = {"/home/me/photos/encoded": 6.0, "/home/me/clips/encoded": 3.0, "s3://bucket/notes": 0.5}
+    export_run(trained("a", data={"sets": sets}), tmp_path / "out", "safetensors", Options())
+    card = (tmp_path / "out" / "README.md").read_text()
+    named = "photos/encoded (weight 6), clips/encoded (weight 3), bucket/notes (weight 0.5), content c0ffee"
+    assert named in card and "/home/me" not in card
+
+
 def test_a_full_disk_leaves_nothing(imported, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -210,6 +210,13 @@ def test_saved_recipe_is_the_same_recipe(write, tmp_path):
     assert again == r and diff(r, again) == []
 
 
+def test_a_saved_recipe_keeps_the_order_of_data_sets(tmp_path):
+    r = load_recipe("quickstart", ["data.sets={b: 1, a: 2}"])
+    save_recipe(r, tmp_path / "saved.yaml")
+    again = load_recipe(tmp_path / "saved.yaml")
+    assert list(again.data.sets) == list(r.data.sets) == ["b", "a"], "sample ids follow it"
+
+
 def test_saved_recipe_explains_every_key():
     text = to_yaml(Recipe())
     assert all(key.doc in text for key in all_keys().values())
