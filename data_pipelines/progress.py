@@ -38,8 +38,10 @@ def progress(what: str, total: int) -> Iterator[Advance]:
             done += count
             if time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                left = (last - start) / max(done, 1) * (total - done)
+                left = (last - start) / max(done, 1) * max(total - done, 0)
                 print(f"{what}: {done} of {total}, about {left:.0f} s left", flush=True)
 
         yield tell
-    print(f"{what}: {done} of {total} samples in {time.monotonic() - start:.1f} s", flush=True)
+    # A file may give several samples, so that there are more than were announced.
+    counted = f"{done} of {total}" if done <= total else f"{done}"
+    print(f"{what}: {counted} samples in {time.monotonic() - start:.1f} s", flush=True)

@@ -50,7 +50,7 @@ class Source:
 
     Attributes:
         modality: a row of `model/modality.py`.
-        total: samples and rejects that `items` will yield.
+        total: samples and rejects that `items` will yield; more where a file gives several samples.
         settings: everything that decides the content, as JSON: equal settings give equal data sets.
         licence: a note for the people who use the data.
         items: the samples, in an order that depends on the settings only.

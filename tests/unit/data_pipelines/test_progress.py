@@ -21,3 +21,9 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture, monkeypatch: pytest.
     with progress("encoding x", 2) as advance:
         advance(2)
     assert "encoding x: 2 of 2 samples" in capsys.readouterr().out
+
+
+def test_more_than_was_announced(capsys: pytest.CaptureFixture):
+    with progress("building x", 3) as advance:
+        advance(7)
+    assert "building x: 7 samples in " in capsys.readouterr().out
