@@ -9,7 +9,7 @@ from flagdit.codecs.modality import codec_spec_for
 from flagdit.codecs.text import text_spec
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.index import Dataset
-from flagdit.data_pipelines.mixture import Mixture, cache_of
+from flagdit.data_pipelines.mixture import Mixture, mixture_of
 from flagdit.errors import DataError, FlagDiTError, RecipeError
 from flagdit.model.tokens import TokenSpec, num_tokens
 
@@ -62,7 +62,7 @@ def check_dataset(recipe: Recipe, dataset: Dataset, all_sets: Sequence[Dataset] 
             _check_somewhere(recipe, dataset, all_sets, faults)
         else:
             try:
-                check_validation(recipe, Mixture({recipe.validation.path: 1.0}, cache_of(recipe)))
+                check_validation(recipe, mixture_of(recipe, {recipe.validation.path: 1.0}))
             except DataError as error:
                 faults.append(f"validation.path: {error}")
     _raise(dataset, faults)

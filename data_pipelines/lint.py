@@ -16,7 +16,7 @@ import numpy as np
 from flagdit.config.schema import LimitsConfig
 from flagdit.data_pipelines.index import NULL_TEXT, Dataset
 from flagdit.data_pipelines.progress import progress
-from flagdit.data_pipelines.readers import READERS
+from flagdit.data_pipelines.readers import read_values
 from flagdit.data_pipelines.user_files import captions_of, time_limit
 from flagdit.errors import DataError
 from flagdit.model.modality import MODALITIES
@@ -129,9 +129,7 @@ def _of_a_sample(dataset: Dataset, sample_id: int, limits: LimitsConfig) -> Iter
         if sample.text_LY is not None and len(sample.text_LY) != dataset.columns["text_tokens"][sample_id]:
             yield f"has {len(sample.text_LY)} text tokens; its row says {dataset.columns['text_tokens'][sample_id]}"
     else:
-        values = READERS[dataset.modality](members, shape).numpy()
-        if values.shape != shape:
-            yield f"decodes to {values.shape}; its index row says {shape}"
+        values = read_values(dataset, sample_id, members).numpy()
     if not np.isfinite(values).all():
         yield "holds NaN or infinity"
     elif float(values.std()) < BLANK:

@@ -22,7 +22,7 @@ from flagdit.codecs.text import TextEncoder, build_text_encoder
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.index import Dataset, text_member
 from flagdit.data_pipelines.progress import Advance
-from flagdit.data_pipelines.readers import READERS
+from flagdit.data_pipelines.readers import read_values
 from flagdit.data_pipelines.records import Rejected
 from flagdit.data_pipelines.shards import BF16, Sample, npy_bytes
 from flagdit.data_pipelines.user_files import time_limit
@@ -71,11 +71,7 @@ class Machine:
 
     def latent(self, sample_id: int) -> Tensor:
         """(C, F, H, W) fp32 latent of a raw sample, on the CPU."""
-        shape = self.raw.shape(sample_id)
-        pixels_CFHW = READERS[self.raw.modality](self.raw.members(sample_id), shape)
-        if tuple(pixels_CFHW.shape) != shape:
-            raise DataError(f"decodes to {tuple(pixels_CFHW.shape)}; its index row says {shape}")
-        return self.codec.encode(pixels_CFHW.to(self.job.device)).cpu()
+        return self.codec.encode(read_values(self.raw, sample_id).to(self.job.device)).cpu()
 
     def dtype_error(self) -> float:
         """Root of the mean squared difference that the dtype on disk makes, relative to the latents', over a few

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flagdit.config.schema import Recipe
+from flagdit.config.schema import CodecConfig, Recipe
 from flagdit.data_pipelines.index import Dataset, Encoded
 from flagdit.data_pipelines.remote import Cache
+from flagdit.data_pipelines.undecoded import live_codec, open_for_training
 from flagdit.errors import DataError, RecipeError
 from flagdit.model.tokens import TokenSpec, num_tokens_of_all
 
@@ -42,18 +43,19 @@ class Mixture:
     A sample's id in the run is its id in its data set plus the members' samples before.
     """
 
-    def __init__(self, weights: Mapping[str, float], cache: Cache | None = None):
+    def __init__(self, weights: Mapping[str, float], cache: Cache | None = None, codec: CodecConfig | None = None):
         """Opens the data sets.
 
         Args:
             weights: folder or address → weight, in any unit.
             cache: for the parts of remote data sets.
+            codec: codes raw data sets while they are read; None: all must be encoded.
 
         Raises:
             DataError: one cannot be opened.
             RecipeError: a weight that is not a positive number, or too small beside the others.
         """
-        self.weights, self.cache = dict(weights), cache
+        self.weights, self.cache, self.codec = dict(weights), cache, codec
         total = sum(weights.values())
         low = [path for path, w in weights.items() if not w > 0 or w * PATTERN < total]
         if low:
@@ -63,14 +65,14 @@ class Mixture:
             )
         members, first = [], 0
         for path, weight in weights.items():
-            dataset = Dataset.open(path, cache=cache)
+            dataset = open_for_training(path, cache, codec)
             members.append(Member(dataset, weight / total, first))
             first += len(dataset)
         self.members: Sequence[Member] = members
         self._firsts = [m.first_id for m in members]
 
     def __reduce__(self) -> tuple:
-        return (Mixture, (self.weights, self.cache))
+        return (Mixture, (self.weights, self.cache, self.codec))
 
     def of(self, sample_id: int) -> tuple[Dataset, int]:
         """The data set of a sample of the run, and the sample's id there."""
@@ -134,7 +136,16 @@ def open_mixture(recipe: Recipe) -> Mixture:
     Raises:
         DataError, RecipeError: see `Mixture`.
     """
-    return Mixture(recipe.data.sets or {recipe.data.path: 1.0}, cache_of(recipe))
+    return mixture_of(recipe, recipe.data.sets or {recipe.data.path: 1.0})
+
+
+def mixture_of(recipe: Recipe, weights: Mapping[str, float]) -> Mixture:
+    """Data sets as the recipe reads them.
+
+    Raises:
+        DataError, RecipeError: see `Mixture`.
+    """
+    return Mixture(weights, cache_of(recipe), live_codec(recipe))
 
 
 def cache_of(recipe: Recipe) -> Cache:

@@ -15,6 +15,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 1 << 26
 DRAFT = 2.0  # a JPEG is decoded at twice the wanted size or more: resampling from less would show
 ORIENTATION = 0x0112
+JPEG = b"\xff\xd8\xff"  # how such a file begins
 LARGEST_MULTIPLE, SMALLEST_MULTIPLE = 16, 4
 
 
@@ -103,7 +104,7 @@ def decode_at(
     if picture.width * picture.height > max_pixels:
         raise DataError(f"{picture.width}×{picture.height} px is more than the {max_pixels} pixels allowed")
     drafted = None
-    if target is not None and picture.format == "JPEG":
+    if target is not None and picture.format in ("JPEG", "MPO"):  # MPO: what telephones make of JPEG
         lies = picture.getexif().get(ORIENTATION, 1) >= 5  # on its side
         width, height = drafted = picture.size[::-1] if lies else picture.size
         wanted = target(width, height)
@@ -111,7 +112,8 @@ def decode_at(
         picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
     try:  # decoders of hostile files raise anything; whatever it is becomes the reason in the ledger
         picture.load()
-        upright = on_white(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(picture, in_place=True)
+        upright = on_white(picture)
         return upright, drafted or upright.size
     except Exception as error:
         raise DataError(f"cannot be decoded ({error})") from error
@@ -122,7 +124,7 @@ def on_white(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         picture = picture.convert("I").point(lambda value: value / 256).convert("L")
     if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy an RGB picture
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
@@ -132,24 +134,40 @@ def resize_cover(picture: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
-def fitted(data: bytes, size: int, multiple: int, max_pixels: int) -> tuple[bytes, int, int, list[int]]:
-    """A picture file as a PNG of a size that a model can cut.
+def fitted(
+    data: bytes, size: int, multiple: int, max_pixels: int, keep_jpeg: bool = False
+) -> tuple[dict[str, bytes], int, int, list[int]]:
+    """A picture file as a sample's file, of a size that a model can cut.
 
     A JPEG much larger than that is decoded at half, quarter or eighth of its size, which its format allows at a
     fraction of the cost; at least twice the final size is left for the resampling to work on.
 
     Args:
         size, multiple: as in `fit_size`.
+        keep_jpeg: a JPEG stays the file that it is, for `read_jpeg`; it is only looked through, at an eighth of its
+            size.
 
     Returns:
-        The PNG, its columns and rows, and those of the file.
+        File ending → file (a PNG, or the JPEG), columns and rows of what it gives, and those of the file.
 
     Raises:
         DataError: see `decode_picture` and `fit_size`.
     """
+    if keep_jpeg and data.startswith(JPEG):
+        _, before = decode_at(data, lambda w, h: (1, 1), max_pixels)
+        return {"jpg": data}, *fit_size(*before, size, multiple), list(before)
     picture, before = decode_at(data, lambda w, h: fit_size(w, h, size, multiple), max_pixels)
     width, height = fit_size(*before, size, multiple)
-    return png(resize_cover(picture, width, height)), width, height, list(before)
+    return {"png": png(resize_cover(picture, width, height))}, width, height, list(before)
+
+
+def read_jpeg(data: bytes, width: int, height: int) -> Image.Image:
+    """A JPEG as a picture of width×height, as `fitted` would have made it.
+
+    Raises:
+        DataError: see `decode_picture`.
+    """
+    return resize_cover(decode_at(data, lambda w, h: (width, height))[0], width, height)
 
 
 def png(picture: Image.Image) -> bytes:

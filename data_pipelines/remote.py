@@ -123,7 +123,7 @@ def mirror(url: str, cache: Cache | None, columns: tuple[str, ...]) -> RemoteSha
         raise DataError(
             f"cannot be fetched ({type(error).__name__}: {error})",
             where=url,
-            fix="Check the address and your access to it; stores need their library (s3fs, gcsfs, …).",
+            fix="Check the address and your access to it; stores need a library (s3fs, gcsfs, aiohttp, …).",
         ) from error
     return RemoteShards(url, folder, Cache(str(folder.parent), cache.gib))
 

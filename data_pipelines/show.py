@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from flagdit.data_pipelines.index import Dataset
+from flagdit.data_pipelines.readers import read_values
 from flagdit.errors import DataError
 
 SIDE = 144
@@ -62,20 +63,17 @@ def _figure(dataset: Dataset, sample_id: int) -> str:
                 data = base64.b64encode(members["wav"]).decode()
                 shown = f'<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio>'
             else:
-                shown = _picture(_side_by_side(bytes(members["png"]), dataset.shape(sample_id)))
+                shown = _picture(_side_by_side(read_values(dataset, sample_id, members).numpy()))
     except (DataError, KeyError, OSError, ValueError) as error:
         return f'<figure><b class="bad">{html.escape(str(error))}</b><figcaption>{name}</figcaption></figure>'
     return f"<figure>{shown}<figcaption>{html.escape(caption)}{name}</figcaption></figure>"
 
 
-def _side_by_side(png: bytes, shape: tuple[int, int, int, int]) -> Image.Image:
-    """Frames that are kept below one another, in a row."""
-    _, frames, rows, columns = shape
-    strip = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
-    row = Image.new("RGB", (columns * frames, rows))
-    for i in range(frames):
-        row.paste(strip.crop((0, i * rows, columns, (i + 1) * rows)), (i * columns, 0))
-    return row
+def _side_by_side(pixels_CFHW: np.ndarray) -> Image.Image:
+    """Frames in a row."""
+    _, _, rows, _ = pixels_CFHW.shape
+    levels = ((pixels_CFHW + 1) * 127.5).round().astype(np.uint8)
+    return Image.fromarray(levels.transpose(2, 1, 3, 0).reshape(rows, -1, 3))
 
 
 def _of_latent(latent_CFHW: np.ndarray) -> Image.Image:

@@ -19,6 +19,7 @@ def source(
     src: str | Path,
     size: int = 256,
     multiple: int = 0,
+    keep_jpeg: bool = False,
     holdout: float = 0.0,
     seed: int = 0,
     limits: LimitsConfig = LimitsConfig(),
@@ -29,6 +30,7 @@ def source(
         src: the folder.
         size: side in pixels of the square whose area no picture exceeds; aspect ratios are kept, none is enlarged.
         multiple: rows and columns are multiples of this many pixels; 0: by the size.
+        keep_jpeg: JPEG files go into the shards as they are, and are decoded when they are encoded or trained on.
         holdout: share of pictures in the split "heldout".
         seed: draws the held-out pictures.
         limits: what a picture may be.
@@ -40,10 +42,10 @@ def source(
     step = check_size(size, multiple)
 
     def load(path: Path) -> Iterator[Media]:
-        data, width, height, before = fitted(path.read_bytes(), size, step, limits.max_pixels)
-        yield Media({"png": data}, (3, 1, height, width), {"pixels": before})
+        media, width, height, before = fitted(path.read_bytes(), size, step, limits.max_pixels, keep_jpeg)
+        yield Media(media, (3, 1, height, width), {"pixels": before})
 
-    settings = {"kind": "folder", "size": size, "multiple": step}
+    settings = {"kind": "folder", "size": size, "multiple": step, "keep_jpeg": keep_jpeg}
     return captioned_files(
         src, load, modality="image", settings=settings, read=READ, not_read=NOT_READ, what="pictures",
         holdout=holdout, seed=seed, limits=limits,

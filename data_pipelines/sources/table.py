@@ -30,6 +30,7 @@ def source(
     root: str = "",
     size: int = 256,
     multiple: int = 0,
+    keep_jpeg: bool = False,
     holdout: float = 0.0,
     seed: int = 0,
     limits: LimitsConfig = LimitsConfig(),
@@ -41,6 +42,7 @@ def source(
         root: folder that the rows' paths are relative to; none may lead out of it. Empty: the folder of each table.
         size: side in pixels of the square whose area no picture exceeds; aspect ratios are kept, none is enlarged.
         multiple: rows and columns are multiples of this many pixels; 0: by the size.
+        keep_jpeg: JPEG files go into the shards as they are, and are decoded when they are encoded or trained on.
         holdout: share of pictures in the split "heldout".
         seed: draws the held-out pictures.
         limits: what a picture may be.
@@ -70,19 +72,19 @@ def source(
                         raise DataError(f"names the picture of {seen[name]} again")
                     seen[name] = place
                     captions, label = captions_of(_entry(row), limits)
-                    made, width, height, before = fitted(data, size, step, limits.max_pixels)
+                    media, width, height, before = fitted(data, size, step, limits.max_pixels, keep_jpeg)
             except DataError as error:
                 yield Rejected(place, error.what)
                 continue
             meta = {"file": name, "pixels": before}
             split = drawn_split(seed, name, holdout)
             key = safe_key(name.rpartition(".")[0] or name)
-            yield Raw(key, {"png": made}, (3, 1, height, width), captions[0], split, label, meta, captions[1:])
+            yield Raw(key, media, (3, 1, height, width), captions[0], split, label, meta, captions[1:])
 
     stats = [[t.name, t.stat().st_size, t.stat().st_mtime_ns] for t in tables]
     settings = {
         "kind": "table", "files": f"{stable_hash(*stats):016x}", "root": root, "size": size, "multiple": step,
-        "holdout": holdout, "seed": seed, "limits": vars(limits),
+        "keep_jpeg": keep_jpeg, "holdout": holdout, "seed": seed, "limits": vars(limits),
     }  # fmt: skip
     return Source("image", len(rows), settings, "the user's own table", items())
 

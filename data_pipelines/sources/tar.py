@@ -25,6 +25,7 @@ def source(
     src: str | Path,
     size: int = 256,
     multiple: int = 0,
+    keep_jpeg: bool = False,
     holdout: float = 0.0,
     seed: int = 0,
     limits: LimitsConfig = LimitsConfig(),
@@ -35,6 +36,7 @@ def source(
         src: a .tar file, or a folder of them.
         size: side in pixels of the square whose area no picture exceeds; aspect ratios are kept, none is enlarged.
         multiple: rows and columns are multiples of this many pixels; 0: by the size.
+        keep_jpeg: JPEG files go into the shards as they are, and are decoded when they are encoded or trained on.
         holdout: share of pictures in the split "heldout".
         seed: draws the held-out pictures.
         limits: what a picture may be.
@@ -73,16 +75,16 @@ def source(
         if len(pictures) != 1:
             raise DataError(f"has {len(pictures)} pictures ({', '.join(sorted(members)) or 'no files'})")
         captions, label = captions_of(_entry(members), limits)
-        data, width, height, before = fitted(pictures[0], size, step, limits.max_pixels)
+        media, width, height, before = fitted(pictures[0], size, step, limits.max_pixels, keep_jpeg)
         shape = (3, 1, height, width)
         meta = {"file": name, "pixels": before}
-        return Raw(safe_key(name), {"png": data}, shape, captions[0], drawn_split(seed, name, holdout), label, meta,
+        return Raw(safe_key(name), media, shape, captions[0], drawn_split(seed, name, holdout), label, meta,
                    captions[1:])  # fmt: skip
 
     stats = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     settings = {
-        "kind": "tar", "files": stats, "size": size, "multiple": step, "holdout": holdout, "seed": seed,
-        "limits": vars(limits),
+        "kind": "tar", "files": stats, "size": size, "multiple": step, "keep_jpeg": keep_jpeg,
+        "holdout": holdout, "seed": seed, "limits": vars(limits),
     }  # fmt: skip
     return Source("image", _count(files), settings, "the user's own tars", items())
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from flagdit.batch import PackedText, Segment
 from flagdit.config.schema import SampleConfig
 from flagdit.data_pipelines.index import Dataset, Encoded
+from flagdit.data_pipelines.mixture import mixture_of
 from flagdit.errors import CheckpointError, DataError, RecipeError
 from flagdit.flow.objective import FlowMatching
 from flagdit.flow.path import draw_path
@@ -220,7 +221,7 @@ def evaluate_run(
     pipeline = load_pipeline(run_dir, step=step, ema=ema)
     cfg = settings_of(pipeline.recipe, preset_name, settings)
     paths = [data] if data else list(pipeline.recipe.data.sets) or [pipeline.recipe.data.path]
-    datasets = [Dataset.open(path) for path in paths]
+    datasets = [m.dataset for m in mixture_of(pipeline.recipe, dict.fromkeys(paths, 1.0)).members]
     scores = Scores(fid, clip)
     figures: dict[str, float] = {}
     losses: dict[str, Any] = {}

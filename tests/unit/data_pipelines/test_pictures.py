@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flagdit.data_pipelines.pictures import check_size, decode_picture, default_multiple, fit_size, png, resize_cover
+from flagdit.data_pipelines.pictures import (
+    check_size,
+    decode_at,
+    decode_picture,
+    default_multiple,
+    fit_size,
+    fitted,
+    png,
+    read_jpeg,
+    resize_cover,
+)
 from flagdit.errors import DataError, RecipeError
 
 
@@ -141,3 +151,31 @@ def test_resize_keeps_the_centre():
     pixels[:, 20:60] = 255
     assert np.asarray(resize_cover(Image.fromarray(pixels), 20, 20)).min() > 200
     assert Image.open(io.BytesIO(png(Image.new("RGB", (3, 2))))).size == (3, 2)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Like a photograph: soft areas, and some grain."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (height // 80, width // 80, 3), np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 4, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("lies", [False, True])
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+def test_large_jpegs_are_decoded_at_a_lower_resolution_and_come_out_the_same(format: str, lies: bool):
+    exif = Image.Exif()
+    exif[0x0112] = 6 if lies else 1
+    picture = smooth(1024, 768)
+    more = {"save_all": True, "append_images": [picture]} if format == "MPO" else {}
+    data = encoded(picture, format, quality=90, exif=exif, **more)
+    wanted = (192, 256) if lies else (256, 192)
+    drafted, before = decode_at(data, lambda w, h: wanted)
+    assert before == ((768, 1024) if lies else (1024, 768)), "upright, and of the file"
+    assert drafted.size == tuple(2 * n for n in wanted), "half: twice what is wanted is left"
+    whole = np.asarray(resize_cover(decode_picture(data), *wanted)).astype(float)
+    error = ((np.asarray(read_jpeg(data, *wanted)) - whole) ** 2).mean()
+    assert 10 * np.log10(255**2 / error) > 40
+    kept, width, height, _ = fitted(data, 224, 16, 1 << 26, keep_jpeg=True)
+    assert kept == {"jpg": data} and (width, height) == wanted
+    assert Image.open(io.BytesIO(fitted(data, 224, 16, 1 << 26)[0]["png"])).size == wanted
