@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from flagdit.codecs.latents import Codec
 from flagdit.codecs.modality import codec_spec_for
 from flagdit.codecs.text import text_spec
 from flagdit.config.schema import Recipe
@@ -23,6 +22,7 @@ from flagdit.data_pipelines.build import check_rejected
 from flagdit.data_pipelines.index import Dataset
 from flagdit.data_pipelines.machine import DTYPES, Job, Machine
 from flagdit.data_pipelines.progress import Advance, progress
+from flagdit.data_pipelines.readers import check_sizes
 from flagdit.data_pipelines.writer import DatasetWriter
 from flagdit.errors import DataError, RecipeError
 
@@ -88,7 +88,7 @@ def encode_dataset(
     if len(todo) < len(own):
         print(f"{out}: {len(own) - len(todo)} of {len(own)} shards are done already", flush=True)
     machine = Machine(job)
-    _check_sizes(raw, machine.codec)
+    check_sizes(raw, machine.codec)
     with progress(f"encoding {src}", sum(raw.info["shards"][i][1] for i in todo)) as advance:
         if workers:
             _encode_in_workers(job, todo, workers, advance)
@@ -145,20 +145,6 @@ def _dtype(dtype: str, from_folder: bool) -> str:
     return ("fp16" if from_folder else "fp32") if dtype == "auto" else dtype
 
 
-def _check_sizes(raw: Dataset, codec: Codec) -> None:
-    wrong = [
-        f"{shape[3]}×{shape[2]} px ({n})"
-        for shape, n in raw.shapes
-        if shape[2] % codec.factor or shape[3] % codec.factor
-    ]
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} of its sizes are not multiples of {codec.factor} px, one latent: {', '.join(wrong[:5])}",
-            where=str(raw.path),
-            fix=f"Build it with --multiple {codec.factor} (better: {codec.factor} times model.patch_size).",
-        )
-
-
 _worker: tuple[Machine, DatasetWriter] | None = None  # of a worker process
 
 
@@ -182,9 +168,10 @@ def _encode_in_workers(job: Job, todo: list[int], workers: int, advance: Advance
         try:
             for future in as_completed([pool.submit(_work, i) for i in todo]):
                 advance(future.result())
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, MemoryError) as error:
+            pool.shutdown(wait=False, cancel_futures=True)
             raise DataError(
-                "an encoding process died",
+                f"an encoding process {'ran out of memory' if isinstance(error, MemoryError) else 'died'}",
                 where=str(job.out),
                 fix="Often memory ran out: use fewer --workers. The same command continues with the shards not done.",
             ) from error

@@ -17,6 +17,7 @@ Shape legend
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,20 @@ def text_member(number: int) -> str:
     return f"text{number or ''}.npy"
 
 
+def caption_of(members: Mapping[str, memoryview], turn: int) -> tuple[str, int]:
+    """The caption of a sample's files whose turn it is, and its number; `turn` counts on beyond the last.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: there is none.
+    """
+    caption, number = bytes(members["txt"]).decode(), 0
+    if turn and b"captions" in (about := bytes(members["json"])):
+        captions = [caption, *json.loads(about).get("captions", [])]
+        number = turn % len(captions)
+        caption = captions[number]
+    return caption, number
+
+
 class Dataset:
     """A complete data set. Picklable; workers open it again by its path.
 
@@ -105,7 +120,8 @@ class Dataset:
         columns = {}
         for name in COLUMNS:
             try:
-                columns[name] = np.load(path / "index" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                column = np.load(path / "index" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                columns[name] = np.asarray(column)  # still mapped; but np.memmap takes its time for every index
             except (OSError, ValueError) as error:
                 raise _damaged(path, f"index/{name}.npy cannot be read ({error})") from error
             if len(columns[name]) != info["samples"]:
@@ -205,14 +221,11 @@ class Dataset:
         Raises:
             DataError: unreadable, changed since it was written, not as its index row says, or not finite.
         """
-        members, where = self.members(sample_id), f"sample {self.key(sample_id)}"
+        members, key = self.members(sample_id), self.key(sample_id)
+        where = f"sample {key}"
         try:
             latent = _tensor(members["latent.npy"])
-            caption, number = bytes(members["txt"]).decode(), 0
-            if turn and b"captions" in (about := bytes(members["json"])):
-                captions = [caption, *json.loads(about).get("captions", [])]
-                number = turn % len(captions)
-                caption = captions[number]
+            caption, number = caption_of(members, turn)
             text = _tensor(members[text_member(number)]) if self.text is not None else None
         except KeyError as error:
             raise DataError(f"has no {error.args[0]}", where=where) from error
@@ -224,13 +237,18 @@ class Dataset:
             )
         if text is not None and (text.ndim != 2 or len(text) < 1 or text.shape[1] != (self.text or {})["dim"]):
             raise DataError(f"text features of {tuple(text.shape)}", where=where)
-        if not torch.isfinite(latent).all() or not (text is None or torch.isfinite(text).all()):
+        if not (_is_finite(latent) and (text is None or _is_finite(text))):
             raise DataError("holds NaN or infinity", where=where)
-        return Encoded(sample_id, self.key(sample_id), latent, text, caption, int(self.columns["label"][sample_id]))
+        return Encoded(sample_id, key, latent, text, caption, int(self.columns["label"][sample_id]))
 
 
 def _tensor(view: memoryview) -> Tensor:
-    return torch.from_numpy(read_npy(view).astype(np.float32))
+    return torch.from_numpy(read_npy(view).astype(np.float32, copy=view.readonly))
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A sum is quick, and finite only where all values are; a sum that is too large proves nothing.
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _damaged(path: Path, what: str) -> DataError:

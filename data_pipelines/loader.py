@@ -21,7 +21,7 @@ from flagdit.batch import PackedBatch
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.batches import Batches, Part
 from flagdit.data_pipelines.check import check_shares, check_training, check_validation
-from flagdit.data_pipelines.mixture import Mixture, cache_of, open_mixture
+from flagdit.data_pipelines.mixture import Mixture, mixture_of, open_mixture
 from flagdit.data_pipelines.packs import BadSample, Loaded, PackReader, make_pack, placeholder
 from flagdit.errors import DataError
 from flagdit.model.tokens import TokenSpec
@@ -56,7 +56,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=recipe.data.prefetch if workers else None,
             timeout=recipe.limits.stall_seconds if workers else 0,
-            collate_fn=_as_it_is,
+            collate_fn=_wrapped if workers else _as_it_is,
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # else it would draw from, and so disturb, the global one
             pin_memory=recipe.train.device != "cpu" and torch.cuda.is_available(),
@@ -74,7 +74,7 @@ class Loader:
             DataError: too many bad samples, a worker died, or reading stalls.
         """
         try:
-            loaded = next(self._loaded)
+            loaded = next(self._loaded).unwrapped()
         except (RuntimeError, EOFError, OSError) as error:
             raise self._worker_error(error) from error
         if loaded.error is not None:
@@ -157,6 +157,10 @@ def _as_it_is(x: Any) -> Any:
     return x
 
 
+def _wrapped(loaded: Any) -> Any:
+    return loaded.wrapped()
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A terminal or a scheduler signals every process of a run. The training process ends its step and saves; workers
     that died before would spoil that. They end when it does."""
@@ -193,9 +197,7 @@ def validation_batches(recipe: Recipe, data_rank: int = 0, data_size: int = 1) -
         DataError: no such data set or split, one that does not suit the recipe, or a sample that cannot be read: a loss
             over fewer samples would not be comparable.
     """
-    mixture = (
-        Mixture({recipe.validation.path: 1.0}, cache_of(recipe)) if recipe.validation.path else open_mixture(recipe)
-    )
+    mixture = mixture_of(recipe, {recipe.validation.path: 1.0}) if recipe.validation.path else open_mixture(recipe)
     check_validation(recipe, mixture)
     split = recipe.validation.split
     ids = [m.first_id + i for m in mixture.members for i in m.dataset.splits.get(split, ())]

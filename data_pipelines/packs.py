@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.batches import Part
 from flagdit.data_pipelines.index import Encoded
 from flagdit.data_pipelines.mixture import Mixture
+from flagdit.data_pipelines.parcel import map_tensors, unwrap, wrap
 from flagdit.errors import DataError, FlagDiTError
 from flagdit.model.tokens import TokenSpec, pack
 
@@ -38,25 +38,22 @@ class Loaded:
     samples: int = 0
     error: FlagDiTError | None = None  # as a value: the DataLoader would turn it into a traceback of a worker
 
+    block: Tensor | None = None  # the memory of the packs, while they travel from a loader process
+
+    def wrapped(self) -> Loaded:
+        """Ready to travel to the training process."""
+        packs, block = wrap(self.packs)
+        return replace(self, packs=packs, block=block)
+
     def pin_memory(self) -> Loaded:
         """Called by the DataLoader's pinning thread."""
-        return replace(self, packs=[_pinned(p) for p in self.packs])
+        if self.block is not None:
+            return replace(self, block=self.block.pin_memory())
+        return replace(self, packs=[map_tensors(p, lambda x: x.pin_memory()) for p in self.packs])
 
-
-def _pinned(batch: PackedBatch) -> PackedBatch:
-    pinned: dict[str, Any] = {}
-    for name, value in vars(batch.layout).items():
-        if isinstance(value, Tensor):
-            pinned[name] = value.pin_memory()
-        elif isinstance(value, dict):
-            pinned[name] = {modality: x.pin_memory() for modality, x in value.items()}
-    return replace(
-        batch,
-        layout=replace(batch.layout, **pinned),
-        patches={m: x.pin_memory() for m, x in batch.patches.items()},
-        text=batch.text and replace(batch.text, features_MY=batch.text.features_MY.pin_memory()),
-        labels_S=None if batch.labels_S is None else batch.labels_S.pin_memory(),
-    )
+    def unwrapped(self) -> Loaded:
+        """As it was before it travelled."""
+        return self if self.block is None else replace(self, packs=unwrap(self.packs, self.block), block=None)
 
 
 class PackReader(TorchDataset):
@@ -81,7 +78,16 @@ class PackReader(TorchDataset):
                 loaded.packs.append(made or placeholder(self.mixture, self.recipe))
         except FlagDiTError as error:
             return Loaded([], loaded.bad, loaded.samples, error)
+        except MemoryError as error:  # of this machine, now: no reason to leave a sample out
+            return Loaded([], loaded.bad, loaded.samples, out_of_memory(error))
         return loaded
+
+
+def out_of_memory(error: MemoryError) -> DataError:
+    return DataError(
+        f"a process that reads the data ran out of memory ({error})",
+        fix="Often there are too many: lower data.workers or data.prefetch. The same command continues the run.",
+    )
 
 
 def make_pack(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import errno
 import io
+import math
 import os
 import struct
 import zlib
@@ -122,29 +123,33 @@ class ShardReader:
         self._local = local or (lambda name: folder / f"{name}.tar")
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def span(self, name: str, offset: int, nbytes: int, crc32: int) -> bytes:
-        """The bytes of one sample.
+    def span(self, name: str, offset: int, nbytes: int, crc32: int) -> bytearray:
+        """The bytes of one sample, in memory of its own.
 
         Raises:
             DataError: the shard is missing, too short, or its bytes have changed since it was written.
         """
-        where = f"{self.folder.name}/{name}.tar"
+        at = 0
         try:
-            data = os.pread(self._file(name), nbytes, offset)
-            while 0 < len(data) < nbytes:  # one call returns 2 GiB at most
-                more = os.pread(self._file(name), nbytes - len(data), offset + len(data))
-                if not more:
+            file = self._file(name)
+            there = max(os.fstat(file).st_size - offset, 0)
+            data = bytearray(min(nbytes, there))  # never what a wrong index promises
+            while at < len(data):  # one call returns 2 GiB at most
+                count = os.preadv(file, [memoryview(data)[at:]], offset + at)
+                if not count:  # cut off this very moment
+                    there = at
                     break
-                data += more
+                at += count
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror or error}", where=where) from error
-        if len(data) != nbytes:
-            raise DataError(
-                f"ends at byte {offset + len(data)}; its sample needs {nbytes - len(data)} more", where=where
-            )
+            raise self._fault(name, f"cannot be read: {error.strerror or error}") from error
+        if there < nbytes:
+            raise self._fault(name, f"ends at byte {offset + there}; its sample needs {nbytes - there} more")
         if zlib.crc32(data) != crc32:
-            raise DataError(f"checksum of the {nbytes} bytes from {offset} is wrong", where=where)
+            raise self._fault(name, f"checksum of the {nbytes} bytes from {offset} is wrong")
         return data
+
+    def _fault(self, name: str, what: str) -> DataError:
+        return DataError(what, where=f"{self.folder.name}/{name}.tar")
 
     def _file(self, name: str) -> int:
         if name in self._open:
@@ -163,7 +168,7 @@ class ShardReader:
         self.close()
 
 
-def split_members(span: bytes) -> dict[str, memoryview]:
+def split_members(span: bytes | bytearray) -> dict[str, memoryview]:
     """File ending → content of the files of one sample, without copying.
 
     Raises:
@@ -172,7 +177,7 @@ def split_members(span: bytes) -> dict[str, memoryview]:
     view, at = memoryview(span), 0
     found: dict[str, memoryview] = {}
     keys = set()
-    while at < len(view):
+    while at < len(span):
         header = bytes(view[at : at + BLOCK])
         if len(header) < BLOCK or header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0"):
             raise DataError(f"no file begins at byte {at} of the sample")
@@ -200,7 +205,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def read_npy(view: memoryview) -> np.ndarray:
-    """A plain numeric .npy file as a read-only array on the same memory; allocates nothing that its header promises.
+    """A plain numeric .npy file as an array on the same memory; allocates nothing that its header promises.
 
     Two bytes of no type are bfloat16, which numpy does not know, and come as fp32.
 
@@ -213,7 +218,7 @@ def read_npy(view: memoryview) -> np.ndarray:
         content = view[10 + length :]
         if magic != b"\x93NUMPY" or version != 1 or fortran or (dtype.kind not in "fiu" and dtype != BF16):
             raise DataError("not a plain numeric .npy file")
-        count = int(np.prod(shape, dtype=object))
+        count = math.prod(shape)
         if min(shape, default=0) < 0 or count * dtype.itemsize != len(content):
             raise DataError(f"a .npy file of {len(content)} bytes for shape {shape} of {dtype}")
         if dtype == BF16:

@@ -13,6 +13,7 @@ them. Everything here is a pure function of shapes, exact for every shape, and i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,22 +154,31 @@ def build_layout(segments: Sequence[Segment], spec: TokenSpec) -> PackLayout:
     parts = [_geometry_of(s.shape, s.modality, spec) for s in segments]
     seqlens = tuple(part.num_tokens for part in parts)
     offsets = list(accumulate(seqlens, initial=0))
-    patch_index: dict[str, list[Tensor]] = {}
-    patch_segment: dict[str, list[Tensor]] = {}
-    for i, (segment, part) in enumerate(zip(segments, parts, strict=True)):
-        patch_index.setdefault(segment.modality, []).append(part.patch + offsets[i])
-        patch_segment.setdefault(segment.modality, []).append(torch.full_like(part.patch, i))
+    starts = offsets[:-1]
+    patch_index, patch_segment = {}, {}
+    for modality in dict.fromkeys(s.modality for s in segments):
+        own = [i for i, s in enumerate(segments) if s.modality == modality]
+        patches = [parts[i].patch for i in own]
+        patch_index[modality] = torch.cat(patches) + _repeated([starts[i] for i in own], patches)
+        patch_segment[modality] = _repeated(own, patches)
+    lines, frames = [part.nextline for part in parts], [part.nextframe for part in parts]
+    axes = [part.axes_TA for part in parts]
     return PackLayout(
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
-        segment_ids=torch.repeat_interleave(torch.arange(len(seqlens)), torch.tensor(seqlens)),
-        raster_T=torch.cat([torch.arange(n) for n in seqlens]),
-        axes_TA=torch.cat([part.axes_TA for part in parts]),
-        patch_index={m: torch.cat(index) for m, index in patch_index.items()},
-        patch_segment={m: torch.cat(ids) for m, ids in patch_segment.items()},
-        nextline_index=torch.cat([part.nextline + o for part, o in zip(parts, offsets, strict=False)]),
-        nextframe_index=torch.cat([part.nextframe + o for part, o in zip(parts, offsets, strict=False)]),
+        segment_ids=_repeated(range(len(parts)), axes),
+        raster_T=torch.arange(offsets[-1]) - _repeated(starts, axes),
+        axes_TA=torch.cat(axes),
+        patch_index=patch_index,
+        patch_segment=patch_segment,
+        nextline_index=torch.cat(lines) + _repeated(starts, lines),
+        nextframe_index=torch.cat(frames) + _repeated(starts, frames),
         seqlens=seqlens,
     )
+
+
+def _repeated(values: Sequence[int], parts: Sequence[Tensor]) -> Tensor:
+    """Each value as many times as its part is long: (Σ len(part),) int64."""
+    return torch.from_numpy(np.repeat(np.array(values, np.int64), [len(part) for part in parts]))
 
 
 def patchify(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -177,12 +187,44 @@ def patchify(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
     Raises:
         DataError: a size is not a multiple of the patch.
     """
-    c, *sizes = latent_CFHW.shape
+    c = latent_CFHW.shape[0]
+    f, h, w = _patches_along(latent_CFHW, patch)
+    pf, ph, pw = patch
+    return latent_CFHW.reshape(c, f, pf, h, ph, w, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(f * h * w, c * pf * ph * pw)
+
+
+def patchify_all(latents: Sequence[Tensor], patch: tuple[int, int, int]) -> Tensor:
+    """`patchify` of several latents of equally many channels, one below the other.
+
+    Raises:
+        DataError: a size is not a multiple of the patch.
+    """
+    pf, ph, pw = patch
+    if pw % 2 or any(x.dtype != torch.float32 or x.requires_grad for x in latents):
+        return torch.cat([patchify(x, patch) for x in latents])
+    grids = [_patches_along(x, patch) for x in latents]
+    counts = [math.prod(grid) for grid in grids]
+    channels = latents[0].shape[0]
+    patches_NP = torch.empty(sum(counts), channels * pf * ph * pw, device=latents[0].device)
+    # Two columns travel as one number of eight bytes, which takes a quarter of the time.
+    parts = patches_NP.view(torch.int64).split(counts)
+    for part, latent, (f, h, w) in zip(parts, latents, grids, strict=True):
+        pairs = latent.contiguous().view(torch.int64).view(channels, f, pf, h, ph, w, pw // 2)
+        part.view(f, h, w, channels, pf, ph, pw // 2).copy_(pairs.permute(1, 3, 5, 0, 2, 4, 6))
+    return patches_NP
+
+
+def _patches_along(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Frames, rows and columns of patches.
+
+    Raises:
+        DataError: a size is not a multiple of the patch.
+    """
+    sizes = latent_CFHW.shape[1:]
     if any(size % step for size, step in zip(sizes, patch, strict=True)):
         raise DataError(f"a latent of {tuple(latent_CFHW.shape)} cannot be cut into patches of {patch}")
     f, h, w = (size // step for size, step in zip(sizes, patch, strict=True))
-    pf, ph, pw = patch
-    return latent_CFHW.reshape(c, f, pf, h, ph, w, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(f * h * w, c * pf * ph * pw)
+    return f, h, w
 
 
 def unpatchify(x_NP: Tensor, shape: Shape, patch: tuple[int, int, int]) -> Tensor:
@@ -226,9 +268,10 @@ def pack(
                 f"a latent of {tuple(latent.shape)} for a sample of {segment.shape}",
                 where=segment.key or f"sample {segment.sample_id}",
             )
-        patch = modality_of(segment.modality).patch(spec.patch_size)
-        grouped.setdefault(segment.modality, []).append(patchify(latent, patch))
-    patches = {modality: torch.cat(parts) for modality, parts in grouped.items()}
+        grouped.setdefault(segment.modality, []).append(latent)
+    patches = {
+        modality: patchify_all(own, modality_of(modality).patch(spec.patch_size)) for modality, own in grouped.items()
+    }
     labels_S = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
     return PackedBatch(tuple(segments), layout, patches, text, labels_S)
 
