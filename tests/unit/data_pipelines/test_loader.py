@@ -242,6 +242,31 @@ def test_validation_refuses_bad_samples_and_unsuitable_data(recipe, with_block, 
         validation_batches(with_block(recipe, "validation", split="test"))
 
 
+def test_packs_travel_in_one_block_and_come_out_the_same(recipe, with_block, monkeypatch: pytest.MonkeyPatch):
+    for keys in ({}, {"num_classes": 10, "text_dim": 0}):
+        (batch,) = take(with_block(recipe, "model", **keys), 1)[0]
+        travelling = packs_module.Loaded([batch, batch], []).wrapped()
+        assert travelling.block.is_shared() and not torch.is_tensor(travelling.packs[0].patches["image"])
+        pinned: list[torch.Tensor] = []
+        with monkeypatch.context() as m:
+            m.setattr(torch.Tensor, "pin_memory", lambda self, to=pinned: to.append(self) or self.clone())
+            travelling = travelling.pin_memory()
+        assert len(pinned) == 1, "one block, not ten tensors"
+        for again in travelling.unwrapped().packs:
+            assert again.segments == batch.segments and again.layout.seqlens == batch.layout.seqlens
+            for name, value in vars(batch.layout).items():
+                for a, b in zip(_tensors(value), _tensors(getattr(again.layout, name)), strict=True):
+                    assert a.dtype == b.dtype and torch.equal(a, b), name
+            assert torch.equal(again.patches["image"], batch.patches["image"])
+            assert batch.text is None or torch.equal(again.text.features_MY, batch.text.features_MY)
+            assert batch.labels_S is None or torch.equal(again.labels_S, batch.labels_S)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    values = value.values() if isinstance(value, dict) else [value]
+    return [x for x in values if isinstance(x, torch.Tensor)]
+
+
 def test_pinning_reaches_every_tensor_that_moves_to_the_gpu(recipe, with_block, monkeypatch: pytest.MonkeyPatch):
     moved: list[int] = []
     with monkeypatch.context() as m:

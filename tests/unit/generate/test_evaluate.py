@@ -195,7 +195,7 @@ def test_given_networks_measure_too(evaluated, tmp_path, monkeypatch):
 def test_clips_are_drawn_at_their_own_length_and_sets_have_their_names(evaluated, tmp_path, monkeypatch):
     """Of several data sets each is measured; of sounds, which no network judges here, the flow loss alone."""
     opened = {"clips": _Set("video", [2, 2, 5], evaluated.codec.spec()), "sounds": _Set("audio", [1], None)}
-    monkeypatch.setattr(evaluate.Dataset, "open", lambda path: opened[path])
+    monkeypatch.setattr(evaluate.Dataset, "open", lambda path, *_, **__: opened[path])
     monkeypatch.setattr(evaluated, "of", lambda modality: evaluated)
     asked = []
 
@@ -219,6 +219,7 @@ class _Set:
     """Stands in for a data set of random clips, each its own class."""
 
     def __init__(self, modality, frames, codec):
+        self.info = {"kind": "encoded"}
         self.modality, self.codec, self.splits = modality, codec, {"train": range(len(frames))}
         self.samples = [SimpleNamespace(label=i, latent_CFHW=torch.rand(3, f, 4, 4)) for i, f in enumerate(frames)]
 

@@ -7,7 +7,7 @@ from flagdit.batch import PackedText, Segment, concat
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
 from flagdit.model.modality import MODALITIES
-from flagdit.model.tokens import TokenSpec, build_layout, num_tokens, pack, patchify, unpack, unpatchify
+from flagdit.model.tokens import TokenSpec, build_layout, num_tokens, pack, patchify, patchify_all, unpack, unpatchify
 
 SPEC = TokenSpec(patch_size=2, nextline=True, nextframe=True)
 SHAPES = [
@@ -40,6 +40,16 @@ def test_patch_features_are_channel_first_and_patches_in_raster_order():
     x_NP = patchify(latent, (1, 2, 2))
     assert x_NP[0].tolist() == [0, 1, 4, 5, 16, 17, 20, 21]
     assert x_NP[1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 4), (1, 2, 1), (2, 2, 2)])
+def test_many_latents_are_cut_as_each_alone(patch):
+    latents = [torch.randn(3, 2, 4, w) for w in (8, 4, 12)] + [torch.randn(2, 4, 8, 3).permute(3, 0, 1, 2)]
+    alone = torch.cat([patchify(x, patch) for x in latents])
+    assert torch.equal(patchify_all(latents, patch), alone)
+    assert torch.equal(patchify_all([x.bfloat16() for x in latents], patch), alone.bfloat16())
+    with pytest.raises(DataError, match="cannot be cut"):
+        patchify_all([torch.zeros(1, 2, 3, 4)], (1, 2, 2))
 
 
 def test_patchify_refuses_a_remainder():
