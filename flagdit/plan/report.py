@@ -276,7 +276,8 @@ def plot(plan: Plan, file: Path) -> None:
         raise RecipeError(f"--plot {file} is not a picture file", fix="Give a name that ends in .png, .svg or .pdf.")
     from matplotlib.figure import Figure
 
-    rows = [("this recipe", plan.memory, plan.time), *((c.overrides, c.memory, c.time) for c in plan.others)]
+    own = [] if plan.impossible else [("this recipe", plan.memory, plan.time)]
+    rows = own + [(c.overrides, c.memory, c.time) for c in plan.others]
     names = [name.replace(" ", "\n") for name, _, _ in rows]
     figure = Figure(figsize=(2 + 1.6 * len(rows), 8), layout="constrained")
     above, below = figure.subplots(2)
