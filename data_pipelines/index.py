@@ -33,13 +33,13 @@ from flagdit.data_pipelines.remote import Cache, RemoteShards, is_remote, mirror
 from flagdit.data_pipelines.shards import ShardReader, read_npy, split_members
 from flagdit.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 INFO, BUILDING, QUARANTINE, NULL_TEXT = "dataset.json", "building.json", "quarantine.jsonl", "null_text.npy"
 COLUMNS: dict[str, Any] = {
     "shard": np.int32,
     "offset": np.int64,
     "nbytes": np.int64,
-    "crc32": np.uint32,
+    "xxh3": np.uint64,
     "shape": (np.int32, (4,)),
     "text_tokens": np.int32,
     "label": np.int32,
@@ -207,7 +207,7 @@ class Dataset:
         columns = self.columns
         name = self.shard_names[columns["shard"][sample_id]]
         try:
-            place = (int(columns[column][sample_id]) for column in ("offset", "nbytes", "crc32"))
+            place = (int(columns[column][sample_id]) for column in ("offset", "nbytes", "xxh3"))
             return split_members(self.reader.span(name, *place))
         except DataError as error:
             raise DataError(str(error), where=f"sample {self.key(sample_id)}") from error

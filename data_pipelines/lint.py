@@ -86,10 +86,10 @@ def _of_the_whole(dataset: Dataset) -> Iterator[Finding]:
     doubled = [key for key, count in Counter(columns["key"].tolist()).items() if count > 1]
     for key in doubled:
         yield Finding(key.decode(errors="replace"), "two samples have this key")
-    contents = Counter(zip(columns["crc32"].tolist(), columns["nbytes"].tolist(), strict=True))
-    for (crc32, nbytes), count in contents.items():
+    contents = Counter(zip(columns["xxh3"].tolist(), columns["nbytes"].tolist(), strict=True))
+    for (xxh3, nbytes), count in contents.items():
         if count > 1:
-            same = np.flatnonzero((columns["crc32"] == crc32) & (columns["nbytes"] == nbytes))[:2].tolist()
+            same = np.flatnonzero((columns["xxh3"] == xxh3) & (columns["nbytes"] == nbytes))[:2].tolist()
             yield Finding(dataset.key(same[1]), f"is the same as {dataset.key(same[0])} to the byte")
     if dataset.text is not None:
         try:

@@ -14,7 +14,7 @@ from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.batches import Part
 from flagdit.data_pipelines.index import Encoded
 from flagdit.data_pipelines.mixture import Mixture
-from flagdit.data_pipelines.parcel import map_tensors, unwrap, wrap
+from flagdit.data_pipelines.parcel import empty, map_tensors, unwrap, wrap
 from flagdit.errors import DataError, FlagDiTError
 from flagdit.model.tokens import TokenSpec, pack
 
@@ -47,9 +47,8 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         """Called by the DataLoader's pinning thread."""
-        if self.block is not None:
-            return replace(self, block=self.block.pin_memory())
-        return replace(self, packs=[map_tensors(p, lambda x: x.pin_memory()) for p in self.packs])
+        packs = [map_tensors(p, lambda x: x.pin_memory() if isinstance(x, Tensor) else x) for p in self.packs]
+        return replace(self, packs=packs, block=None if self.block is None else self.block.pin_memory())
 
     def unwrapped(self) -> Loaded:
         """As it was before it travelled."""
@@ -106,6 +105,7 @@ def make_pack(
         TokenSpec.from_model(recipe.model),
         text=PackedText.pack(texts) if recipe.model.text_dim else None,
         labels=[s.label for _, s in samples] if recipe.model.num_classes else None,
+        empty=empty,
     )
 
 

@@ -1,20 +1,24 @@
-"""Packs on their way out of a loader process: all their tensors in one block of shared memory.
+"""Packs on their way out of a loader process, in shared memory.
 
 A tensor by itself costs a file, a mapping and a connection between the processes; a pack has ten, most of them small.
+These are copied into one block. Patches that are large are made in shared memory from the first, and stay there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from flagdit.batch import PackedBatch
 
 ALIGNED = 64  # bytes: a line of the cache, and a multiple of every dtype
+LARGE = 1 << 20  # bytes whose copy takes longer than a file of their own
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,23 @@ def map_tensors(batch: PackedBatch, change: Callable[[Any], Any]) -> PackedBatch
     )
 
 
+def empty(*shape: int, **options: Any) -> Tensor:
+    """`torch.empty` of fp32, in a loader process in shared memory where it is large."""
+    nbytes = math.prod(shape) * 4
+    if nbytes < LARGE or get_worker_info() is None:
+        return torch.empty(*shape, **options)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(nbytes)).view(shape)
+
+
 def wrap(packs: Sequence[PackedBatch]) -> tuple[list[PackedBatch], Tensor]:
-    """Packs with places instead of tensors, and the shared block of bytes that holds these."""
+    """Packs with places instead of tensors that are not shared yet, and the shared block of bytes that holds these."""
     placed: list[tuple[Place, Tensor]] = []
     end = 0
 
-    def place(x: Tensor) -> Place:
+    def place(x: Tensor) -> Tensor | Place:
         nonlocal end
+        if x.is_shared():
+            return x
         placed.append((Place(end, x.shape, x.dtype), x))
         end += -(-x.nbytes // ALIGNED) * ALIGNED
         return placed[-1][0]
@@ -67,5 +81,5 @@ def wrap(packs: Sequence[PackedBatch]) -> tuple[list[PackedBatch], Tensor]:
 
 
 def unwrap(packs: Sequence[PackedBatch], block: Tensor) -> list[PackedBatch]:
-    """The inverse of `wrap`; the tensors are views of the block."""
-    return [map_tensors(pack, lambda place: place.of(block)) for pack in packs]
+    """The inverse of `wrap`; tensors that had places are views of the block."""
+    return [map_tensors(pack, lambda x: x.of(block) if isinstance(x, Place) else x) for pack in packs]

@@ -12,7 +12,6 @@ import io
 import math
 import os
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import xxhash
 
 from flagdit.errors import DataError
 
@@ -48,7 +48,7 @@ class Row:
     key: str
     offset: int
     nbytes: int
-    crc32: int
+    xxh3: int
     shape: tuple[int, int, int, int]
     text_tokens: int
     label: int
@@ -105,8 +105,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> list[Row]:
         rows = []
         for sample, offset, nbytes in places:
             file.seek(offset)
-            crc32 = zlib.crc32(file.read(nbytes))
-            rows.append(Row(sample.key, offset, nbytes, crc32, sample.shape, sample.text_tokens, sample.label))
+            xxh3 = xxhash.xxh3_64_intdigest(file.read(nbytes))
+            rows.append(Row(sample.key, offset, nbytes, xxh3, sample.shape, sample.text_tokens, sample.label))
     return rows
 
 
@@ -123,7 +123,7 @@ class ShardReader:
         self._local = local or (lambda name: folder / f"{name}.tar")
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def span(self, name: str, offset: int, nbytes: int, crc32: int) -> bytearray:
+    def span(self, name: str, offset: int, nbytes: int, xxh3: int) -> bytearray:
         """The bytes of one sample, in memory of its own.
 
         Raises:
@@ -144,7 +144,7 @@ class ShardReader:
             raise self._fault(name, f"cannot be read: {error.strerror or error}") from error
         if there < nbytes:
             raise self._fault(name, f"ends at byte {offset + there}; its sample needs {nbytes - there} more")
-        if zlib.crc32(data) != crc32:
+        if xxhash.xxh3_64_intdigest(data) != xxh3:
             raise self._fault(name, f"checksum of the {nbytes} bytes from {offset} is wrong")
         return data
 

@@ -188,7 +188,7 @@ class DatasetWriter:
                 column = np.concatenate([p[name] for p in parts if len(p)])
             with atomic(self.out / "index" / f"{name}.npy") as file:
                 np.save(file, column, allow_pickle=False)
-            if name in ("key", "crc32"):
+            if name in ("key", "xxh3"):
                 content.update(column.tobytes())
             if name == "shape":
                 sizes, counts = np.unique(column, axis=0, return_counts=True)

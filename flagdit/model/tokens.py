@@ -14,7 +14,7 @@ them. Everything here is a pure function of shapes, exact for every shape, and i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -193,8 +193,13 @@ def patchify(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return latent_CFHW.reshape(c, f, pf, h, ph, w, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(f * h * w, c * pf * ph * pw)
 
 
-def patchify_all(latents: Sequence[Tensor], patch: tuple[int, int, int]) -> Tensor:
+def patchify_all(
+    latents: Sequence[Tensor], patch: tuple[int, int, int], empty: Callable[..., Tensor] = torch.empty
+) -> Tensor:
     """`patchify` of several latents of equally many channels, one below the other.
+
+    Args:
+        empty: makes the tensor for the result, as `torch.empty` does.
 
     Raises:
         DataError: a size is not a multiple of the patch.
@@ -205,7 +210,7 @@ def patchify_all(latents: Sequence[Tensor], patch: tuple[int, int, int]) -> Tens
     grids = [_patches_along(x, patch) for x in latents]
     counts = [math.prod(grid) for grid in grids]
     channels = latents[0].shape[0]
-    patches_NP = torch.empty(sum(counts), channels * pf * ph * pw, device=latents[0].device)
+    patches_NP = empty(sum(counts), channels * pf * ph * pw, device=latents[0].device)
     # Two columns travel as one number of eight bytes, which takes a quarter of the time.
     parts = patches_NP.view(torch.int64).split(counts)
     for part, latent, (f, h, w) in zip(parts, latents, grids, strict=True):
@@ -242,6 +247,7 @@ def pack(
     *,
     text: PackedText | None = None,
     labels: Sequence[int] | Tensor | None = None,
+    empty: Callable[..., Tensor] = torch.empty,
 ) -> PackedBatch:
     """Samples to one pack.
 
@@ -251,6 +257,7 @@ def pack(
         spec: how the model cuts latents.
         text: packed captions, one entry per sample.
         labels: class ids, one per sample.
+        empty: makes the tensors of patches, as `torch.empty` does.
 
     Raises:
         DataError: counts or shapes disagree, or a size is not a multiple of the patch.
@@ -270,7 +277,8 @@ def pack(
             )
         grouped.setdefault(segment.modality, []).append(latent)
     patches = {
-        modality: patchify_all(own, modality_of(modality).patch(spec.patch_size)) for modality, own in grouped.items()
+        modality: patchify_all(own, modality_of(modality).patch(spec.patch_size), empty)
+        for modality, own in grouped.items()
     }
     labels_S = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
     return PackedBatch(tuple(segments), layout, patches, text, labels_S)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flagdit.data_pipelines.batches import Batches, Part
+from flagdit.data_pipelines.index import FORMAT
 from flagdit.data_pipelines.mixture import Mixture, Shares
 from flagdit.errors import DataError, RecipeError
 
@@ -182,7 +183,7 @@ def giant_index(folder: Path, count: int) -> Path:
         "shape": np.tile(shapes, (count // 3 + 1, 1))[:count],
         "shard": np.repeat(np.arange(count // 1000, dtype=np.int32), 1000),
     }
-    for name, dtype in {"offset": "i8", "nbytes": "i8", "crc32": "u4", "text_tokens": "i4", "label": "i4"}.items():
+    for name, dtype in {"offset": "i8", "nbytes": "i8", "xxh3": "u8", "text_tokens": "i4", "label": "i4"}.items():
         columns[name] = np.zeros(count, dtype)
     columns["key"] = np.zeros(count, "S8")
     for name, column in columns.items():
@@ -190,7 +191,7 @@ def giant_index(folder: Path, count: int) -> Path:
     shards = [[f"train-{i:06d}", 1000] for i in range(count // 1000)]
     for name, _ in shards:
         (folder / "shards" / f"{name}.tar").touch()
-    info = {"format": 1, "kind": "encoded", "modality": "image", "samples": count, "splits": {"train": [0, count]}}
+    info = {"format": FORMAT, "kind": "encoded", "modality": "image", "samples": count, "splits": {"train": [0, count]}}
     info |= {"shards": shards, "shapes": [[s.tolist(), count // 3] for s in shapes], "content": "0"}
     (folder / "dataset.json").write_text(json.dumps(info))
     return folder

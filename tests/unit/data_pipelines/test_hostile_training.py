@@ -5,13 +5,13 @@ import os
 import signal
 import struct
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from flagdit.config.schema import LimitsConfig
 from flagdit.data_pipelines.index import Dataset
@@ -34,9 +34,9 @@ def spoiled(folder: Path, sample_id: int, member: bytes) -> Path:
     at = data.index(b"\x93NUMPY", offset)
     data[at : at + len(member)] = member
     shard.write_bytes(bytes(data))
-    columns = np.load(folder / "index/crc32.npy")
-    columns[sample_id] = zlib.crc32(bytes(data[offset : offset + nbytes]))
-    np.save(folder / "index/crc32.npy", columns)
+    columns = np.load(folder / "index/xxh3.npy")
+    columns[sample_id] = xxhash.xxh3_64_intdigest(bytes(data[offset : offset + nbytes]))
+    np.save(folder / "index/xxh3.npy", columns)
     return folder
 
 

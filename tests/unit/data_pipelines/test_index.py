@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flagdit.data_pipelines.index import COLUMNS, Dataset
+from flagdit.data_pipelines.index import COLUMNS, FORMAT, Dataset
 from flagdit.data_pipelines.shards import Sample, npy_bytes
 from flagdit.data_pipelines.writer import DatasetWriter
 from flagdit.errors import DataError
@@ -49,7 +49,7 @@ def test_missing_parts_are_named(emoji_encoded: Path, copy_of):
         Dataset.open(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 99}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 99}', "\x00\xff"])
 def test_broken_description(emoji_encoded: Path, copy_of, content: str):
     folder = copy_of(emoji_encoded)
     (folder / "dataset.json").write_text(content, encoding="latin-1")
@@ -144,7 +144,7 @@ def test_ten_million_samples_open_in_no_time(tmp_path: Path):
         dtype = "S24" if name == "key" else dtype
         np.lib.format.open_memmap(tmp_path / "index" / f"{name}.npy", "w+", dtype, (n, *shape))  # sparse: no disk used
     (tmp_path / "shards/train-000000.tar").touch()
-    info = {"format": 1, "kind": "encoded", "modality": "image", "samples": n, "splits": {"train": [0, n]}}
+    info = {"format": FORMAT, "kind": "encoded", "modality": "image", "samples": n, "splits": {"train": [0, n]}}
     info |= {"shards": [["train-000000", n]], "shapes": [[[4, 1, 32, 32], n]]}
     (tmp_path / "dataset.json").write_text(json.dumps(info))
 

@@ -66,7 +66,7 @@ def test_each_planted_defect_is_found(folder, defect):
 
 
 def test_samples_that_are_the_same_and_blank_ones(tmp_path, folder, emoji_raw):
-    for name in ("crc32", "nbytes", "offset", "shape", "shard"):
+    for name in ("xxh3", "nbytes", "offset", "shape", "shard"):
         values = np.load(folder / "index" / f"{name}.npy")
         column(folder, name, 1, values[0])
     assert [f.what.split(" to the")[0] for f in lint(folder)] == ["is the same as train-000000/train00000"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from flagdit.batch import PackedBatch
 from flagdit.data_pipelines import packs as packs_module
+from flagdit.data_pipelines import parcel
 from flagdit.data_pipelines.batches import Batches
 from flagdit.data_pipelines.index import Dataset
 from flagdit.data_pipelines.loader import build_loader, validation_batches
@@ -260,6 +262,21 @@ def test_packs_travel_in_one_block_and_come_out_the_same(recipe, with_block, mon
             assert torch.equal(again.patches["image"], batch.patches["image"])
             assert batch.text is None or torch.equal(again.text.features_MY, batch.text.features_MY)
             assert batch.labels_S is None or torch.equal(again.labels_S, batch.labels_S)
+
+
+def test_large_patches_are_made_in_shared_memory_and_stay_there(recipe, with_block, monkeypatch: pytest.MonkeyPatch):
+    recipe = with_block(recipe, "model", num_classes=10, text_dim=0)
+    expected = take(recipe, 3)
+    monkeypatch.setattr(parcel, "LARGE", 1)
+    for got, want in zip(take(with_block(recipe, "data", workers=1), 3), expected, strict=True):
+        assert got[0].patches["image"].is_shared() and got[0].segments == want[0].segments
+        assert torch.equal(got[0].patches["image"], want[0].patches["image"])
+    monkeypatch.setattr(parcel, "get_worker_info", lambda: object())
+    patches = parcel.empty(5, 7)
+    assert patches.is_shared() and patches.shape == (5, 7) and patches.dtype == torch.float32
+    travelling = packs_module.Loaded([replace(expected[0][0], patches={"image": patches})], []).wrapped()
+    assert travelling.packs[0].patches["image"] is patches
+    assert travelling.unwrapped().packs[0].patches["image"] is patches
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

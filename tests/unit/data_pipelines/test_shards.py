@@ -56,7 +56,7 @@ def test_each_sample_is_read_by_its_row(tmp_path: Path):
     rows = write_shard(tmp_path / "a.tar", samples())
     reader = ShardReader(tmp_path)
     for sample, row in reversed(list(zip(samples(), rows, strict=True))):
-        members = split_members(reader.span("a", row.offset, row.nbytes, row.crc32))
+        members = split_members(reader.span("a", row.offset, row.nbytes, row.xxh3))
         assert {k: bytes(v) for k, v in members.items()} == sample.members
         assert (row.key, row.shape, row.text_tokens, row.label) == (sample.key, sample.shape, *[sample.label] * 2)
 
@@ -68,7 +68,7 @@ def test_many_shards_stay_within_the_limit_of_open_files(tmp_path: Path):
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(tmp_path)
     for i in range(100):
-        reader.span(f"s{i}", row.offset, row.nbytes, row.crc32)
+        reader.span(f"s{i}", row.offset, row.nbytes, row.xxh3)
     assert len(os.listdir("/proc/self/fd")) - before <= 64
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -81,14 +81,14 @@ def test_one_changed_byte_is_found(tmp_path: Path, where: int):
     data[row.offset + (where if where >= 0 else row.nbytes - 1)] ^= 1
     (tmp_path / "a.tar").write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"/a\.tar: checksum"):
-        ShardReader(tmp_path).span("a", row.offset, row.nbytes, row.crc32)
+        ShardReader(tmp_path).span("a", row.offset, row.nbytes, row.xxh3)
 
 
 def test_truncated_and_missing_shards(tmp_path: Path):
     row = write_shard(tmp_path / "a.tar", samples())[4]
     os.truncate(tmp_path / "a.tar", row.offset + 700)
     with pytest.raises(DataError, match=rf"/a\.tar: ends at byte {row.offset + 700}"):
-        ShardReader(tmp_path).span("a", row.offset, row.nbytes, row.crc32)
+        ShardReader(tmp_path).span("a", row.offset, row.nbytes, row.xxh3)
     with pytest.raises(DataError, match=r"/b\.tar: cannot be read: No such file"):
         ShardReader(tmp_path).span("b", 0, 10, 0)
 

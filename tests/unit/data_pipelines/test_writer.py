@@ -42,7 +42,7 @@ def test_a_finished_folder_holds_exactly_its_parts(tmp_path: Path, tree):
         "dataset.json",
         "quarantine.jsonl",
         *(f"shards/{s}.tar" for s in SHARDS),
-        *(f"index/{c}.npy" for c in ("shard", "offset", "nbytes", "crc32", "shape", "text_tokens", "label", "key")),
+        *(f"index/{c}.npy" for c in ("shard", "offset", "nbytes", "xxh3", "shape", "text_tokens", "label", "key")),
     }
     assert dataset.splits == {"train": range(0, 4), "heldout": range(4, 6)}
     assert [dataset.columns["key"][i].decode() for i in range(6)] == ["0/x", "0/y", "1/x1/x", "1/y", "2/x2/x2/x", "2/y"]
