@@ -6,8 +6,10 @@ prefetch and the point of a continuation change nothing of what a global batch h
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from flagdit.batch import PackedBatch
 from flagdit.config.schema import Recipe
@@ -27,6 +31,7 @@ from flagdit.errors import DataError
 from flagdit.model.tokens import TokenSpec
 
 WORST_BATCH = 0.5
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Loader:
@@ -56,13 +61,13 @@ class Loader:
             num_workers=workers,
             prefetch_factor=recipe.data.prefetch if workers else None,
             timeout=recipe.limits.stall_seconds if workers else 0,
-            collate_fn=_wrapped if workers else _as_it_is,
-            worker_init_fn=_leave_signals_to_the_parent,
+            collate_fn=_as_it_is,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else it would draw from, and so disturb, the global one
             pin_memory=recipe.train.device != "cpu" and torch.cuda.is_available(),
         )
         with _own_signals():
-            self._loaded: Iterator[Loaded] = iter(loader)
+            self._loaded: Iterator[Loaded] = _Workers(loader) if workers else iter(loader)
 
     def __iter__(self) -> Loader:
         return self
@@ -127,6 +132,18 @@ class Loader:
         )
 
 
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Torch's own iterator looks after its workers only when nothing has come for as long as a source may stall."""
+
+    def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> tuple[bool, Any]:
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > MP_STATUS_CHECK_INTERVAL:
+            found, data = super()._try_get_data(MP_STATUS_CHECK_INTERVAL)
+            if found:
+                return found, data
+        return super()._try_get_data(max(left, 0.0))
+
+
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Takes back the signal handler that torch installs, which would raise in the middle of a training step when a
@@ -157,16 +174,22 @@ def _as_it_is(x: Any) -> Any:
     return x
 
 
-def _wrapped(loaded: Any) -> Any:
-    return loaded.wrapped()
+def _begin_worker(worker: int) -> None:
+    """What a loader process does first.
 
+    A terminal or a scheduler signals every process of a run. The training process ends its step and saves; workers that
+    died before would spoil that, so they leave signals to it and end when it does.
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A terminal or a scheduler signals every process of a run. The training process ends its step and saves; workers
-    that died before would spoil that. They end when it does."""
+    And it keeps the memory that it frees, for the next batch needs as much: the C library would give it back to the
+    system, whose page faults take longer than reading a sample.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_TRIM_THRESHOLD, 1 << 28)
 
 
 def build_loader(recipe: Recipe, start_step: int = 0, data_rank: int = 0, data_size: int = 1) -> Loader:

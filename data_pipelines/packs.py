@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import get_worker_info
 
 from flagdit.batch import PackedBatch, PackedText, Segment
 from flagdit.config.schema import Recipe
 from flagdit.data_pipelines.batches import Part
 from flagdit.data_pipelines.index import Encoded
 from flagdit.data_pipelines.mixture import Mixture
-from flagdit.data_pipelines.parcel import empty, map_tensors, unwrap, wrap
+from flagdit.data_pipelines.parcel import Blocks, free, map_tensors, place_in, unwrap, wrap
 from flagdit.errors import DataError, FlagDiTError
 from flagdit.model.tokens import TokenSpec, pack
 
@@ -38,21 +39,29 @@ class Loaded:
     samples: int = 0
     error: FlagDiTError | None = None  # as a value: the DataLoader would turn it into a traceback of a worker
 
-    block: Tensor | None = None  # the memory of the packs, while they travel from a loader process
+    blocks: list[Tensor] | None = None  # the memory of the packs, while they travel from a loader process
+    pinned: bool = False  # whether these are copies of the loader process's blocks
 
-    def wrapped(self) -> Loaded:
+    def wrapped(self, blocks: Blocks) -> Loaded:
         """Ready to travel to the training process."""
-        packs, block = wrap(self.packs)
-        return replace(self, packs=packs, block=block)
+        packs, taken = wrap(self.packs, blocks)
+        return replace(self, packs=packs, blocks=taken)
 
     def pin_memory(self) -> Loaded:
         """Called by the DataLoader's pinning thread."""
-        packs = [map_tensors(p, lambda x: x.pin_memory() if isinstance(x, Tensor) else x) for p in self.packs]
-        return replace(self, packs=packs, block=None if self.block is None else self.block.pin_memory())
+        if self.blocks is not None:
+            pinned = [block.pin_memory() for block in self.blocks]
+            for block in self.blocks:
+                free(block)
+            return replace(self, blocks=pinned, pinned=True)
+        return replace(self, packs=[map_tensors(p, lambda x: x.pin_memory()) for p in self.packs])
 
     def unwrapped(self) -> Loaded:
         """As it was before it travelled."""
-        return self if self.block is None else replace(self, packs=unwrap(self.packs, self.block), block=None)
+        if self.blocks is None:
+            return self
+        packs = place_in(self.packs, self.blocks) if self.pinned else unwrap(self.packs, self.blocks)
+        return replace(self, packs=packs, blocks=None)
 
 
 class PackReader(TorchDataset):
@@ -60,9 +69,15 @@ class PackReader(TorchDataset):
 
     def __init__(self, recipe: Recipe, mixture: Mixture):
         self.recipe, self.mixture = recipe, mixture
+        self._blocks = Blocks()
 
     def __getitem__(self, planned: tuple[int, list[Part]]) -> Loaded:
-        k, parts = planned
+        """Packs, which are on their way to the training process if this is another one."""
+        if get_worker_info() is None:
+            return self._load(*planned, torch.empty)
+        return self._load(*planned, self._blocks.empty).wrapped(self._blocks)
+
+    def _load(self, k: int, parts: list[Part], empty: Callable[..., Tensor]) -> Loaded:
         loaded = Loaded([], [], sum(map(len, parts)))
         try:
             for part in parts:
@@ -73,7 +88,7 @@ class PackReader(TorchDataset):
                         epochs.append(epoch)
                     except DataError as error:
                         loaded.bad.append(BadSample(k, sample_id, self.mixture.key(sample_id), error.what))
-                made = make_pack(samples, epochs, self.mixture, self.recipe) if samples else None
+                made = make_pack(samples, epochs, self.mixture, self.recipe, empty) if samples else None
                 loaded.packs.append(made or placeholder(self.mixture, self.recipe))
         except FlagDiTError as error:
             return Loaded([], loaded.bad, loaded.samples, error)
@@ -90,9 +105,13 @@ def out_of_memory(error: MemoryError) -> DataError:
 
 
 def make_pack(
-    samples: Sequence[tuple[int, Encoded]], epochs: Sequence[int], mixture: Mixture, recipe: Recipe
+    samples: Sequence[tuple[int, Encoded]],
+    epochs: Sequence[int],
+    mixture: Mixture,
+    recipe: Recipe,
+    empty: Callable[..., Tensor] = torch.empty,
 ) -> PackedBatch:
-    """One pack of samples, given with their ids in the run."""
+    """One pack of samples, given with their ids in the run; `empty` makes the tensors of patches."""
     segments = []
     for (sample_id, s), epoch in zip(samples, epochs, strict=True):
         c, f, h, w = s.latent_CFHW.shape

@@ -123,7 +123,7 @@ class ShardReader:
         self._local = local or (lambda name: folder / f"{name}.tar")
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def span(self, name: str, offset: int, nbytes: int, xxh3: int) -> bytearray:
+    def span(self, name: str, offset: int, nbytes: int, xxh3: int) -> memoryview:
         """The bytes of one sample, in memory of its own.
 
         Raises:
@@ -133,9 +133,9 @@ class ShardReader:
         try:
             file = self._file(name)
             there = max(os.fstat(file).st_size - offset, 0)
-            data = bytearray(min(nbytes, there))  # never what a wrong index promises
+            data = np.empty(min(nbytes, there), np.uint8).data  # never what a wrong index promises
             while at < len(data):  # one call returns 2 GiB at most
-                count = os.preadv(file, [memoryview(data)[at:]], offset + at)
+                count = os.preadv(file, [data[at:]], offset + at)
                 if not count:  # cut off this very moment
                     there = at
                     break
@@ -168,7 +168,7 @@ class ShardReader:
         self.close()
 
 
-def split_members(span: bytes | bytearray) -> dict[str, memoryview]:
+def split_members(span: bytes | memoryview) -> dict[str, memoryview]:
     """File ending → content of the files of one sample, without copying.
 
     Raises:

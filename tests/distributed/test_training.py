@@ -58,7 +58,7 @@ def test_a_killed_rank_ends_the_run_with_the_cause(begin):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_ranks_that_save_beside_training_and_are_killed_continue_bit_by_bit(train, begin, tmp_path, zero):
     keys = ("train.steps=12", "checkpoint.every=2", "checkpoint.asynchronous=true", f"parallel.zero={zero}")
     expected = train("whole", 2, *keys)

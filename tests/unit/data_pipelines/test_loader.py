@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from flagdit.batch import PackedBatch
+from flagdit.data_pipelines import loader as loader_module
 from flagdit.data_pipelines import packs as packs_module
 from flagdit.data_pipelines import parcel
 from flagdit.data_pipelines.batches import Batches
@@ -125,8 +127,6 @@ def test_a_split_that_does_not_begin_at_zero(recipe, with_block):
 
 
 def test_another_seed_is_another_order(recipe, make_recipe, emoji_encoded: Path):
-    from dataclasses import replace
-
     a, b = take(recipe, 1)[0][0], take(replace(recipe, seed=1), 1)[0][0]
     assert [s.sample_id for s in a.segments] != [s.sample_id for s in b.segments]
 
@@ -206,7 +206,7 @@ def test_a_batch_that_is_mostly_unreadable_stops_the_run(make_recipe, with_block
 
 
 def test_a_dead_worker_is_one_paragraph(make_recipe, emoji_encoded: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(loader_module, "MP_STATUS_CHECK_INTERVAL", 0.5)
     loader = build_loader(make_recipe(emoji_encoded, workers=1))
     next(loader)
     handler = signal.getsignal(signal.SIGCHLD)
@@ -216,6 +216,20 @@ def test_a_dead_worker_is_one_paragraph(make_recipe, emoji_encoded: Path, monkey
     with pytest.raises(DataError, match=r"1 of 1 loader processes died.*lower data\.workers"):
         for _ in range(100):
             next(loader)
+
+
+def test_a_worker_that_dies_before_it_sends_anything_is_noticed_within_seconds(
+    make_recipe, emoji_encoded: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loader_module, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(Mixture, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    recipe = make_recipe(emoji_encoded, workers=1)
+    assert recipe.limits.stall_seconds >= 300
+    loader = build_loader(recipe)
+    began = time.monotonic()
+    with pytest.raises(DataError, match="1 of 1 loader processes died"):
+        next(loader)
+    assert time.monotonic() - began < 30
 
 
 def test_unsuitable_data_is_refused_before_any_batch(recipe, with_block, emoji_raw: Path):
@@ -247,8 +261,8 @@ def test_validation_refuses_bad_samples_and_unsuitable_data(recipe, with_block, 
 def test_packs_travel_in_one_block_and_come_out_the_same(recipe, with_block, monkeypatch: pytest.MonkeyPatch):
     for keys in ({}, {"num_classes": 10, "text_dim": 0}):
         (batch,) = take(with_block(recipe, "model", **keys), 1)[0]
-        travelling = packs_module.Loaded([batch, batch], []).wrapped()
-        assert travelling.block.is_shared() and not torch.is_tensor(travelling.packs[0].patches["image"])
+        travelling = packs_module.Loaded([batch, batch], []).wrapped(parcel.Blocks())
+        assert travelling.blocks[0].is_shared() and not torch.is_tensor(travelling.packs[0].patches["image"])
         pinned: list[torch.Tensor] = []
         with monkeypatch.context() as m:
             m.setattr(torch.Tensor, "pin_memory", lambda self, to=pinned: to.append(self) or self.clone())
@@ -264,19 +278,45 @@ def test_packs_travel_in_one_block_and_come_out_the_same(recipe, with_block, mon
             assert batch.labels_S is None or torch.equal(again.labels_S, batch.labels_S)
 
 
-def test_large_patches_are_made_in_shared_memory_and_stay_there(recipe, with_block, monkeypatch: pytest.MonkeyPatch):
+def test_blocks_are_used_again_when_their_last_tensor_is_gone(recipe, with_block):
+    blocks = parcel.Blocks()
+    (pack,) = take(with_block(recipe, "model", num_classes=10, text_dim=0), 1)[0]
+
+    def send() -> packs_module.Loaded:
+        patches = blocks.empty(*pack.patches["image"].shape).copy_(pack.patches["image"])
+        return packs_module.Loaded([replace(pack, patches={"image": patches})], []).wrapped(blocks)
+
+    first = send()
+    used = {block.data_ptr() for block in first.blocks}
+    assert len(used) == 2 and first.packs[0].patches["image"].block == 0, "patches are where they were made"
+    assert used.isdisjoint(block.data_ptr() for block in send().blocks), "in use, on its way"
+    arrived = first.unwrapped().packs[0]
+    row = arrived.patches["image"][1:2].T
+    del first, arrived
+    (again,) = used & {block.data_ptr() for block in send().blocks}  # not the one with the row
+    assert torch.equal(row, pack.patches["image"][1:2].T)
+    del row
+    assert used - {again} <= {block.data_ptr() for block in send().blocks}
+
+
+def test_blocks_that_are_too_small_are_given_up():
+    blocks = parcel.Blocks()
+    small, used = blocks.take(1000), blocks.take(1000)
+    parcel.free(small)
+    large = blocks.take(5000)
+    assert len(large) >= 5000
+    parcel.free(used)
+    parcel.free(large)
+    assert blocks.take(100) is used, "the smallest that fits"
+    assert blocks.take(100) is large
+
+
+def test_batches_that_are_kept_stay_as_they_are(recipe, with_block):
     recipe = with_block(recipe, "model", num_classes=10, text_dim=0)
-    expected = take(recipe, 3)
-    monkeypatch.setattr(parcel, "LARGE", 1)
-    for got, want in zip(take(with_block(recipe, "data", workers=1), 3), expected, strict=True):
-        assert got[0].patches["image"].is_shared() and got[0].segments == want[0].segments
-        assert torch.equal(got[0].patches["image"], want[0].patches["image"])
-    monkeypatch.setattr(parcel, "get_worker_info", lambda: object())
-    patches = parcel.empty(5, 7)
-    assert patches.is_shared() and patches.shape == (5, 7) and patches.dtype == torch.float32
-    travelling = packs_module.Loaded([replace(expected[0][0], patches={"image": patches})], []).wrapped()
-    assert travelling.packs[0].patches["image"] is patches
-    assert travelling.unwrapped().packs[0].patches["image"] is patches
+    expected = take(recipe, 12)
+    kept = take(with_block(recipe, "data", workers=1), 12)
+    for got, want in zip(kept, expected, strict=True):
+        assert got[0].segments == want[0].segments and torch.equal(got[0].patches["image"], want[0].patches["image"])
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
