@@ -38,7 +38,6 @@ class Loaded:
     bad: list[BadSample]
     samples: int = 0
     error: FlagDiTError | None = None  # as a value: the DataLoader would turn it into a traceback of a worker
-
     blocks: list[Tensor] | None = None  # the memory of the packs, while they travel from a loader process
     pinned: bool = False  # whether these are copies of the loader process's blocks
 

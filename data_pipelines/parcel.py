@@ -1,9 +1,8 @@
 """Packs on their way out of a loader process, in blocks of shared memory that are used again and again.
 
 A tensor by itself costs a file, a mapping and a connection between the processes, and a pack has ten; new memory costs
-a fault for every page, which takes longer than to read, check and cut a large sample. So patches are
-made in a block, all else of a batch is copied into another, and the loader process takes them back when the last tensor
-in them is gone.
+a fault for every page, which takes longer than to read, check and cut a large sample. So patches are made in a block,
+all else of a batch is copied into another, and the loader process takes them back when the last tensor in them is gone.
 """
 
 from __future__ import annotations
@@ -67,19 +66,18 @@ class Blocks:
         self.taken: list[Tensor] = []
 
     def empty(self, *shape: int, device: Any = None) -> Tensor:
-        """`torch.empty` of fp32, in a block of its own."""
+        """`torch.empty` of fp32, in a block of its own; the device is the CPU."""
         place = Place(0, ALIGNED, torch.Size(shape), torch.float32)
         return place.of([self.take(ALIGNED + 4 * math.prod(shape))])
 
     def take(self, nbytes: int) -> Tensor:
         """A block of at least so many bytes, the first `ALIGNED` of which are not the taker's; in use until `free`."""
-        unused = [block for block in self._blocks if not block[0]]
-        fitting = [block for block in unused if len(block) >= nbytes]
+        fitting = [block for block in self._blocks if not block[0] and len(block) >= nbytes]
         if fitting:
             found = min(fitting, key=len)
         else:
             # What is too small now would be so again: packs of a run have about one size.
-            self._blocks = [block for block in self._blocks if all(block is not other for other in unused)]
+            self._blocks = [block for block in self._blocks if block[0]]
             found = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes + nbytes // 4))
             self._blocks.append(found)
         found[0] = 1
