@@ -299,6 +299,20 @@ def test_blocks_are_used_again_when_their_last_tensor_is_gone(recipe, with_block
     assert used - {again} <= {block.data_ptr() for block in send().blocks}
 
 
+def test_a_forked_process_gives_no_block_back(recipe, with_block):
+    (pack,) = take(with_block(recipe, "model", num_classes=10, text_dim=0), 1)[0]
+    travelling = packs_module.Loaded([pack], []).wrapped(parcel.Blocks())
+    (block,) = travelling.blocks
+    arrived = travelling.unwrapped()
+    if (child := os.fork()) == 0:
+        del arrived
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert block[0] == 1, "the child let go of its copies only"
+    del arrived
+    assert block[0] == 0
+
+
 def test_blocks_that_are_too_small_are_given_up():
     blocks = parcel.Blocks()
     small, used = blocks.take(1000), blocks.take(1000)
