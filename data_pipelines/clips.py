@@ -35,29 +35,38 @@ def decode_clips(path: Path, fps: float, frames: int, most: int, limits: LimitsC
         most: clips; 0: all that are whole.
 
     Raises:
-        DataError: not a video, a broken one, more pixels or frames than allowed, or shorter than one clip.
+        DataError: see `decode_frames`; and a video that is shorter than one clip.
+    """
+    waiting: list[Image.Image] = []
+    count = 0
+    for picture in decode_frames(path, fps, limits):
+        waiting.append(picture)
+        if len(waiting) == frames:
+            yield waiting
+            waiting, count = [], count + 1
+            if count == most:
+                return
+    if not count:
+        raise DataError(f"has {len(waiting)} frames at {fps:g} a second; a clip needs {frames}")
+
+
+def decode_frames(path: Path, fps: float, limits: LimitsConfig) -> Iterator[Image.Image]:
+    """The RGB picture shown at each multiple of 1/fps seconds of a file.
+
+    Raises:
+        DataError: not a video, a broken one, or more pixels or frames than allowed.
     """
     import av
 
-    waiting: list[Image.Image] = []
-    count = 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise DataError("has no pictures")
-            for picture in _timed(container, fps, limits):
-                waiting.append(picture)
-                if len(waiting) == frames:
-                    yield waiting
-                    waiting, count = [], count + 1
-                    if count == most:
-                        return
+            yield from _timed(container, fps, limits)
     except DataError:
         raise
     except (av.FFmpegError, ValueError, OSError, MemoryError) as error:
         raise DataError(f"cannot be decoded as video ({type(error).__name__}: {error})") from error
-    if not count:
-        raise DataError(f"has {len(waiting)} frames at {fps:g} a second; a clip needs {frames}")
 
 
 def _timed(container: Any, fps: float, limits: LimitsConfig) -> Iterator[Image.Image]:

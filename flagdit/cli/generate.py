@@ -81,47 +81,66 @@ def sample(
 @grouped
 def edit(
     run: RunFolder,
-    picture: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
+    file: Annotated[Path, typer.Argument(help="A picture, a clip, or a sound.")],
     *,
     prompt: Annotated[str, typer.Option(help="What it shall become; a class id for class-conditioned models.")] = "",
     strength: Annotated[
         float, typer.Option(min=0, max=1, help="Share drawn anew: 0.3 keeps the layout, 1 keeps nothing.")
     ] = 0.6,
     mask: Annotated[
-        Optional[Path], typer.Option(help="A picture that is white where to draw; the rest stays as it is.")
+        Optional[Path], typer.Option(help="A picture or clip, white where to draw; the rest stays as it is.")
     ] = None,
-    style: Annotated[Optional[Path], typer.Option(help="A picture whose palette and contrast to take.")] = None,
-    size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT in pixels; the picture's own if not given.")] = None,
+    between: Annotated[
+        Optional[tuple[float, float]], typer.Option(help="Draw between these seconds of a clip or sound, as 0.5 1.5.")
+    ] = None,
+    style: Annotated[Optional[Path], typer.Option(help="A file whose palette and contrast to take.")] = None,
+    size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT in pixels; the file's own if not given.")] = None,
+    medium: Medium,
     solving: Solving,
     weights: Weights,
     repeat: Annotated[int, typer.Option(min=1, help="Versions, from different noise.")] = 1,
-    out: Annotated[Path, typer.Option(help="Picture file to write.")] = Path("edited.png"),
+    out: Annotated[
+        Optional[Path], typer.Option(help="File to write; by default edited.png, .mp4 or .wav in this folder.")
+    ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="Ranks that split the model, under torchrun.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Ranks that split the sample's tokens, under torchrun.")] = 1,
     separate: Annotated[bool, typer.Option("--separate", help="A file for each version instead of one sheet.")] = False,
 ) -> None:
-    """Draw a picture anew: by a prompt, inside a mask, or in another picture's style.
+    """Draw a picture, clip, strip of views or sound anew: by a prompt, inside a mask, or in another one's style.
+
+    The file's ending says what it is; --modality where that is not it. --frames takes the first frames of a clip, or
+    says how many views stand in a picture; --seconds takes the first seconds of a sound.
 
     \b
     Example:
       flagdit edit runs/quickstart trophy.png --prompt "a Twemoji emoji of dog face" --strength 0.7 --out dog.png
+      flagdit edit runs/joint violin.wav --prompt "flute playing C4" --between 0.5 1
     """
+    from flagdit.checkpoint.weights import load_run_recipe
     from flagdit.generate.edit import edit_file
+    from flagdit.generate.media import check_any_name
+    from flagdit.generate.mesh import sampling_mesh
 
-    files = edit_file(
-        run,
-        picture,
-        prompt,
-        out,
-        strength=strength,
-        mask=mask,
-        style=style,
-        size=size,
-        repeat=repeat,
-        separate=separate,
-        preset_name=solving.preset,
-        settings=solving.settings(),
-        **asdict(weights),
-    )
-    typer.echo("\n".join(str(file) for file in files))
+    check_any_name(out)
+    with sampling_mesh(load_run_recipe(run), tensor=tensor, context=context) as mesh:
+        files = edit_file(
+            run,
+            file,
+            prompt,
+            out,
+            strength=strength,
+            mask=mask,
+            between=between,
+            style=style,
+            size=size,
+            repeat=repeat,
+            separate=separate,
+            preset_name=solving.preset,
+            settings=solving.settings() | asdict(medium),
+            mesh=mesh,
+            **asdict(weights),
+        )
+    typer.echo("\n".join(str(f) for f in files))
 
 
 @app.command()

@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flagdit.codecs.latents import Codec, DiffusersCodec
@@ -80,6 +81,10 @@ class MelCodec(Codec):
             raise DataError(f"a sound of {pixels_CFHW.shape[3]} samples; this codec takes multiples of {self.step}")
         return self._encode(pixels_CFHW.float())
 
+    def latent_mask(self, mask_FHW: Tensor) -> Tensor:
+        """(1, 1, N) bool of samples → (1, 1, 1, N/step) bool of columns, all bands: those with any such sample."""
+        return F.max_pool1d(mask_FHW.float(), self.step).bool()[None]
+
     def _encode(self, pixels_CFHW: Tensor) -> Tensor:
         wave = pixels_CFHW.reshape(-1)
         magnitude_KT = self._stft(wave).abs()[:, : len(wave) // self.cfg.hop]
@@ -108,7 +113,7 @@ class MelCodec(Codec):
 
         The first phases are drawn from a fixed seed, so equal latents sound equal.
         """
-        magnitude_KT = torch.nn.functional.pad(magnitude_KT, (0, 1), mode="replicate")
+        magnitude_KT = F.pad(magnitude_KT, (0, 1), mode="replicate")
         phase = torch.rand(magnitude_KT.shape, generator=torch.Generator().manual_seed(0)) * 2 * math.pi
         angles = torch.polar(torch.ones_like(phase), phase).to(magnitude_KT.device)
         before = torch.zeros_like(angles)
@@ -121,7 +126,7 @@ class MelCodec(Codec):
 
     def _stft(self, wave: Tensor) -> Tensor:
         half = self.cfg.window // 2
-        padded = torch.nn.functional.pad(wave, (half, half))  # zeros: a reflection needs more sound than a hop
+        padded = F.pad(wave, (half, half))  # zeros: a reflection needs more sound than a hop
         window = torch.hann_window(self.cfg.window, device=wave.device)
         scaled = torch.stft(padded, self.cfg.window, self.cfg.hop, window=window, center=False, return_complex=True)
         return scaled * (2 / self.cfg.window)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flagdit.codecs.folders import fingerprint, model_folder, quiet, read_config
@@ -64,6 +65,10 @@ class Codec(ABC):
         if latent_CFHW.shape[0] != self.channels:
             raise DataError(f"a latent of {latent_CFHW.shape[0]} channels for a codec of {self.channels}")
         return self._decode(latent_CFHW.float())
+
+    def latent_mask(self, mask_FHW: Tensor) -> Tensor:
+        """(F, H, W) bool of pixels → (1, F, H/factor, W/factor) bool of latents: those with any such pixel."""
+        return F.max_pool2d(mask_FHW.float()[:, None], self.factor)[:, 0].bool()[None]
 
     def to(self, device: torch.device | str) -> Codec:
         """Moves weights, if there are any; inputs may stand on any device."""

@@ -32,50 +32,44 @@ def to_image(pixels_CFHW: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def load_image(file: Path, size: tuple[int, int] | None = None, multiple: int = 1) -> Tensor:
+def load_image(file: Path, size: tuple[int, int] | None = None) -> Tensor:
     """A picture file → pixels (3, 1, H, W) in [−1, 1]; transparency becomes white.
 
     Args:
         file: PNG, JPEG or WebP.
-        size: (width, height): the picture is scaled to cover it and cut around the centre. None: its own, cut to
-            multiples of `multiple`.
+        size: (width, height): the picture is scaled to cover it and cut around the centre. None: its own.
 
     Raises:
         RecipeError: no such file, or not a picture.
     """
-    return pixels_of(_read(file), str(file), size, multiple)
+    picture = load_picture(file)
+    return to_pixels(resize_cover(picture, *size) if size else picture)
 
 
-def pixels_of(content: bytes, name: str, size: tuple[int, int] | None = None, multiple: int = 1) -> Tensor:
-    """`load_image` for what is in a file; `name` stands in errors."""
-    picture = _decode(content, name)
-    width, height = size or tuple(max(side // multiple, 1) * multiple for side in picture.size)
-    levels = torch.from_numpy(np.array(resize_cover(picture, width, height)))
-    return levels.permute(2, 0, 1)[:, None].float() / 127.5 - 1
-
-
-def load_mask(file: Path, size: tuple[int, int]) -> Tensor:
-    """A picture file → (1, H, W) bool of that (width, height): True where it is brighter than half.
+def load_picture(file: Path) -> Image.Image:
+    """A picture file → RGB.
 
     Raises:
         RecipeError: no such file, or not a picture.
     """
-    grey = resize_cover(_decode(_read(file), str(file)), *size).convert("L")
-    return torch.from_numpy(np.array(grey))[None] > 127
-
-
-def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise RecipeError(f"the picture cannot be read: {error.strerror}", where=str(file)) from error
+    return picture_of(content, str(file))
 
 
-def _decode(content: bytes, name: str) -> Image.Image:
+def picture_of(content: bytes, name: str) -> Image.Image:
+    """`load_picture` for what is in a file; `name` stands in errors."""
     try:
         return decode_picture(content)
     except DataError as error:
         raise RecipeError(f"the picture cannot be read: {error}", where=name) from error
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """An RGB picture → (3, 1, H, W) in [−1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None].float() / 127.5 - 1
 
 
 def grid(

@@ -72,7 +72,7 @@ def save_samples(
         samples: (C, F, H, W) each.
         out: the file; where there are several, its name gets the number of each.
         rate: samples per second of sound.
-        separate: a file for each sample.
+        separate: a file for each sample, which is not enlarged: the next command may edit it.
         captions: written under each picture or set of views, on a sheet.
 
     Returns:
@@ -88,11 +88,11 @@ def save_samples(
         if modality == "audio":
             _write(file, wav(group[0].reshape(-1).numpy(), rate))
         elif modality == "video" or file.suffix.lower() in CLIPS:
-            save_clip(_side_by_side(group), file)
+            save_clip(frames_of(group[0]) if separate else _side_by_side(group), file)
         else:
             images = [to_image(s) for s in group]
             if separate or (len(images) == 1 and modality == "image" and not captions):
-                save_image(images[0], file)  # as it is: the next command may edit it
+                save_image(images[0], file)
                 continue
             columns = 1 if modality == "multiview" else None
             save_image(grid(images, columns=columns, zoom=zoom_for(images), gap=4, captions=captions), file)

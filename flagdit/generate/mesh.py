@@ -11,6 +11,7 @@ import torch
 
 from flagdit.checkpoint.tensors import TensorSource
 from flagdit.config.schema import Recipe
+from flagdit.errors import RecipeError
 from flagdit.model.attention_backends import choose_backend
 from flagdit.model.block import TP_PLAN
 from flagdit.model.flag_dit import FlagDiT
@@ -64,6 +65,19 @@ def place(recipe: Recipe, weights: TensorSource, mesh: ParallelContext, dtype: t
     if mesh.context.size > 1:
         model.self_attention = ContextAttention(model.attention_backend, mesh)
     return WholeModel(model, mesh, model.patch_dims)
+
+
+def check_one_sample(mesh: ParallelContext) -> None:
+    """Whether all ranks draw one sample together.
+
+    Raises:
+        RecipeError: some would draw the same as others.
+    """
+    if mesh.data.size > 1:
+        raise RecipeError(
+            f"{mesh.data.size} ranks would draw the same",
+            fix="Raise --tensor or --context, or sample into --out-dir, where ranks share the prompts.",
+        )
 
 
 def speaks(mesh: ParallelContext) -> bool:

@@ -17,6 +17,7 @@ from flagdit.config.validate import parse_size, problems_of, raise_problems
 from flagdit.errors import RecipeError
 from flagdit.generate.draw import Way, draw
 from flagdit.generate.media import DEFAULT_NAMES, check_any_name, check_media_name, save_samples
+from flagdit.generate.mesh import check_one_sample
 from flagdit.generate.pipeline import Condition, Pipeline, Progress, load_pipeline
 from flagdit.generate.presets import preset
 from flagdit.model.modality import MODALITIES
@@ -66,10 +67,7 @@ def sample_to_files(
     way = way or Way()
     way.check()
     mesh = mesh or ParallelContext()
-    if mesh.data.size > 1:
-        raise RecipeError(
-            f"{mesh.data.size} ranks would draw the same", fix="Give --out-dir, or raise --tensor or --context."
-        )
+    check_one_sample(mesh)
     pipeline = load_pipeline(run_dir, step=step, ema=ema, mesh=mesh)
     cfg = settings_of(pipeline.recipe, preset_name, settings)
     pipeline = pipeline.of(cfg.modality)

@@ -21,13 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flagdit.codecs.latents import COLOURS
 from flagdit.config.schema import SampleConfig
 from flagdit.config.validate import parse_size
+from flagdit.data_pipelines.pictures import resize_cover
 from flagdit.data_pipelines.sound import wav
 from flagdit.errors import FlagDiTError, RecipeError
 from flagdit.generate.edit import edit
-from flagdit.generate.images import pixels_of, to_image
+from flagdit.generate.images import picture_of, to_image, to_pixels
 from flagdit.generate.media import frames_of, save_animation
 from flagdit.generate.pipeline import Pipeline, Progress, load_pipeline
 from flagdit.generate.presets import PRESETS
@@ -209,9 +209,7 @@ def _picture(uri: Any, size: tuple[int, int]) -> Tensor:
         content = base64.b64decode(str(uri).partition(",")[2], validate=True)
     except binascii.Error as error:
         raise RecipeError("the picture is not a data URI") from error
-    pixels = pixels_of(content, "the upload", size)
-    assert pixels.shape[0] == COLOURS
-    return pixels
+    return to_pixels(resize_cover(picture_of(content, "the upload"), *size))
 
 
 def _value(name: str, value: Any, kind: type) -> Any:

@@ -237,16 +237,24 @@ def test_sample_into_a_folder(flagdit, monkeypatch):
 
 def test_edit_passes_on_all_that_it_is_given(flagdit, monkeypatch):
     got = {}
+    monkeypatch.setattr("flagdit.checkpoint.weights.load_run_recipe", lambda run: load_recipe("quickstart"))
     monkeypatch.setattr(
         "flagdit.generate.edit.edit_file", lambda *args, **rest: got.update(rest, args=args) or [args[3]]
     )
     line = "edit runs/x a.png --prompt dog --strength 0.3 --mask m.png --style s.png --size 8x8 --steps 3 --out b.png"
-    code, out, err = flagdit(line + " --solver heun --seed 4 --repeat 2 --separate --preset fast --step 5 --ema 1")
+    code, out, err = flagdit(
+        line + " --solver heun --seed 4 --repeat 2 --separate --preset fast --step 5 --ema 1"
+        " --between 0.5 1 --modality video --frames 3"
+    )
     assert code == 0 and out == "b.png\n", err
     assert got["args"] == (Path("runs/x"), Path("a.png"), "dog", Path("b.png"))
     assert (got["strength"], got["mask"], got["style"], got["size"]) == (0.3, Path("m.png"), Path("s.png"), "8x8")
     assert (got["repeat"], got["separate"], got["preset_name"], got["step"], got["ema"]) == (2, True, "fast", 5, 1)
-    assert {k: v for k, v in got["settings"].items() if v is not None} == {"steps": 3, "solver": "heun", "seed": 4}
+    assert got["between"] == (0.5, 1.0) and got["mesh"].world == 1
+    settings = {"steps": 3, "solver": "heun", "seed": 4, "modality": "video", "frames": 3}
+    assert {k: v for k, v in got["settings"].items() if v is not None} == settings
+    code, _, err = flagdit("edit runs/x a.png --tensor 2")
+    assert code == 2 and "parallel.tensor=2" in err
 
 
 def test_evaluate_compare_and_serve_pass_on_all_that_they_are_given(flagdit, monkeypatch):

@@ -68,6 +68,13 @@ def test_lengths_of_latents():
     assert codec.latent_shape(0.001, 4) == (1, 1, 32, 4)
 
 
+def test_masks_cover_every_column_that_they_touch():
+    codec = MelCodec(AudioConfig())
+    mask = torch.zeros(1, 1, 4 * codec.step, dtype=torch.bool)
+    mask[..., codec.step] = mask[..., -1] = True
+    assert codec.latent_mask(mask).tolist() == [[[[False, True, False, True]]]]
+
+
 def test_an_autoencoder_over_spectrograms(tmp_path):
     from diffusers import AutoencoderKL
 

@@ -66,6 +66,14 @@ def test_frames_do_not_touch_each_other():
         torch.testing.assert_close(together[:, i : i + 1], codec.encode(pixels[:, i : i + 1]), rtol=0, atol=1e-6)
 
 
+def test_masks_cover_every_latent_that_they_touch():
+    mask = torch.zeros(2, 4, 8, dtype=torch.bool)
+    mask[0, 0, 3] = mask[0, 3, 7] = True
+    latent = BlockCodec("haar", 2).latent_mask(mask)
+    assert latent.shape == (1, 2, 2, 4) and not latent[0, 1].any()
+    assert latent[0, 0].tolist() == [[False, True, False, False], [False, False, False, True]]
+
+
 def test_pixels_pass_unchanged():
     codec = build_codec(CodecConfig(kind="pixels"))
     pixels = torch.rand(3, 2, 5, 7)

@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 
 from flagdit.batch import Segment
+from flagdit.data_pipelines.sound import wav
 from flagdit.errors import RecipeError
 from flagdit.flow.noise import draw_noise
-from flagdit.generate.edit import edit, edit_file, latent_mask, match_statistics
+from flagdit.generate.edit import FADE, edit, edit_file, match_statistics
+from flagdit.generate.media import save_samples
 from flagdit.generate.pipeline import Pipeline
 from flagdit.model.tokens import patchify
 
@@ -78,12 +80,6 @@ def test_the_model_sees_what_is_not_masked(painting):
         torch.testing.assert_close(x_NP[held], (t * data + (1 - t) * noise)[held])
 
 
-def test_masks_cover_every_latent_that_they_touch():
-    mask = torch.zeros(1, 4, 8, dtype=torch.bool)
-    mask[0, 0, 3] = mask[0, 3, 7] = True
-    assert latent_mask(mask, 2)[0, 0].tolist() == [[False, True, False, False], [False, False, False, True]]
-
-
 def test_statistics_are_taken_channel_by_channel():
     style = torch.randn(3, 1, 6, 6, generator=GENERATOR) * torch.tensor([0.1, 2.0, 0.5])[:, None, None, None] + 1
     matched = match_statistics(PICTURE, style)
@@ -135,8 +131,68 @@ def test_files_in_files_out(recipe, save_run, tmp_path):
         run, tmp_path / "in.png", "a", tmp_path / "s.png", size="8x8", style=tmp_path / "mask.png", separate=True
     )
     assert Image.open(sized).size == (8, 8)
-    with pytest.raises(RecipeError, match="No such file"):
+    with pytest.raises(RecipeError, match="no such file"):
         edit_file(run, tmp_path / "nowhere.png", "a", tmp_path / "x.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(RecipeError, match=r"text\.png: the picture cannot be read"):
         edit_file(run, tmp_path / "text.png", "a", tmp_path / "x.png")
+
+
+@pytest.fixture
+def every_modality(recipe):
+    """A recipe of all four modalities, whose sounds have 8 bands and 256 samples to a token."""
+    audio = replace(recipe.audio, sample_rate=8000, mels=8, hop=128, window=512, griffin_lim=4)
+    model = replace(recipe.model, modalities={"image": 3, "video": 3, "multiview": 3, "audio": 1}, rope_axes=3)
+    return replace(recipe, model=model, audio=audio)
+
+
+def test_a_clip_is_edited_in_time_and_place(every_modality, save_run, tmp_path):
+    run = save_run(every_modality)
+    clip = torch.linspace(-0.8, 0.8, 6).view(1, -1, 1, 1).expand(3, 6, 8, 8)
+    (file,) = save_samples([clip], "video", tmp_path / "a.gif", rate=8000, separate=True)
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (0, 0, 4, 8))
+    mask.save(tmp_path / "m.png")
+    seen = {}
+    for name, given in {"whole": {}, "part": {"mask": tmp_path / "m.png", "between": (0.25, 0.5)}}.items():
+        (out,) = edit_file(
+            run, file, "a dog", tmp_path / f"{name}.gif", strength=1.0, separate=True, settings={"steps": 4}, **given
+        )
+        edited = Image.open(out)
+        assert edited.n_frames == 6 and edited.size == (8, 8)
+        levels = []
+        for i in range(6):
+            edited.seek(i)
+            levels.append(torch.tensor(list(edited.convert("RGB").getdata())).float().view(8, 8, 3) / 127.5 - 1)
+        seen[name] = (torch.stack(levels).permute(3, 0, 1, 2) - clip).abs()
+    assert (seen["whole"].mean((0, 2, 3)) > 0.05).all()
+    inside = torch.zeros(6, 8, 8, dtype=torch.bool)
+    inside[2:4, :, :4] = True
+    assert seen["part"][:, inside].mean() > 0.05 and seen["part"][:, ~inside].max() < 0.02
+
+
+def test_views_are_edited_together(every_modality, save_run, tmp_path):
+    run = save_run(every_modality)
+    Image.new("RGB", (32, 8), (200, 40, 40)).save(tmp_path / "views.png")
+    settings = {"steps": 3, "modality": "multiview", "frames": 4}
+    (out,) = edit_file(run, tmp_path / "views.png", "a dog", tmp_path / "v.png", separate=True, settings=settings)
+    assert Image.open(out).size == (32, 8)
+    with pytest.raises(RecipeError, match=r"v\.wav is no file for multiview"):
+        edit_file(run, tmp_path / "views.png", "a dog", tmp_path / "v.wav", settings=settings)
+
+
+def test_a_sound_is_edited_between_seconds(every_modality, save_run, tmp_path, monkeypatch):
+    from flagdit.data_pipelines.sound import read_wav
+
+    run = save_run(every_modality)
+    wave = torch.sin(torch.arange(4096) / 9) * 0.5
+    (tmp_path / "a.wav").write_bytes(wav(wave.numpy(), 8000))
+    monkeypatch.chdir(tmp_path)
+    (out,) = edit_file(
+        run, tmp_path / "a.wav", "a dog", strength=1.0, between=(0.128, 0.256), settings={"steps": 3, "guidance": 1.0}
+    )
+    assert str(out) == "edited.wav"
+    change = (torch.from_numpy(read_wav(out.read_bytes())[0].copy()) - wave).abs()
+    assert change[:1024].max() < 1e-3 and change[2048:].max() < 1e-3
+    assert change[1024 + FADE : 2048 - FADE].mean() > 0.05
+    assert change[1024:1032].max() < 0.1, "it fades in"
