@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from flagdit.data_pipelines.index import Encoded
 from flagdit.data_pipelines.mixture import Mixture
 from flagdit.data_pipelines.parcel import Blocks, free, map_tensors, place_in, unwrap, wrap
 from flagdit.errors import DataError, FlagDiTError
-from flagdit.model.tokens import TokenSpec, pack
+from flagdit.model.tokens import Empty, TokenSpec, pack
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PackReader(TorchDataset):
             return self._load(*planned, torch.empty)
         return self._load(*planned, self._blocks.empty).wrapped(self._blocks)
 
-    def _load(self, k: int, parts: list[Part], empty: Callable[..., Tensor]) -> Loaded:
+    def _load(self, k: int, parts: list[Part], empty: Empty) -> Loaded:
         loaded = Loaded([], [], sum(map(len, parts)))
         try:
             for part in parts:
@@ -108,9 +108,9 @@ def make_pack(
     epochs: Sequence[int],
     mixture: Mixture,
     recipe: Recipe,
-    empty: Callable[..., Tensor] = torch.empty,
+    empty: Empty = torch.empty,
 ) -> PackedBatch:
-    """One pack of samples, given with their ids in the run; `empty` makes the tensors of patches."""
+    """One pack of samples, given with their ids in the run; `empty` makes its tensors."""
     segments = []
     for (sample_id, s), epoch in zip(samples, epochs, strict=True):
         c, f, h, w = s.latent_CFHW.shape
@@ -121,7 +121,7 @@ def make_pack(
         segments,
         [s.latent_CFHW for _, s in samples],
         TokenSpec.from_model(recipe.model),
-        text=PackedText.pack(texts) if recipe.model.text_dim else None,
+        text=PackedText.pack(texts, empty) if recipe.model.text_dim else None,
         labels=[s.label for _, s in samples] if recipe.model.num_classes else None,
         empty=empty,
     )

@@ -1,8 +1,8 @@
 """Packs on their way out of a loader process, in blocks of shared memory that are used again and again.
 
 A tensor by itself costs a file, a mapping and a connection between the processes, and a pack has ten; new memory costs
-a fault for every page, which takes longer than to read, check and cut a large sample. So patches are made in a block,
-all else of a batch is copied into another, and the loader process takes them back when the last tensor in them is gone.
+a fault for every page, which takes longer than to read, check and cut a large sample. So a batch is made in one block,
+which the loader process takes back when the last tensor in it is gone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from flagdit.batch import PackedBatch
 
 ALIGNED = 64  # bytes: a line of the cache, and a multiple of every dtype
+SMALLEST = 1 << 20  # bytes of a block; those that nobody writes to cost nothing
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,51 @@ def map_tensors(batch: PackedBatch, change: Callable[[Any], Any]) -> PackedBatch
 
 
 class Blocks:
-    """The shared memory of one loader process. A block's first byte tells whether somebody uses it.
+    """The shared memory of one loader process, where it makes one batch after the other.
 
-    Attributes:
-        taken: the blocks of the batch that is being made.
+    A batch takes one block, or more where it is larger than those before. A block's first byte tells whether somebody
+    uses it.
     """
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
-        self.taken: list[Tensor] = []
+        self._taken: list[Tensor] = []  # of the batch that is being made
+        self._ends = [0]  # bytes that are used of each, after none
+        self._largest = 0  # bytes of a batch
 
-    def empty(self, *shape: int, device: Any = None) -> Tensor:
-        """`torch.empty` of fp32, in a block of its own; the device is the CPU."""
-        place = Place(0, ALIGNED, torch.Size(shape), torch.float32)
-        return place.of([self.take(ALIGNED + 4 * math.prod(shape))])
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        """`torch.empty` in shared memory; the device is the CPU."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not self._taken or self._ends[-1] + nbytes > len(self._taken[-1]):
+            self._taken.append(self._free_block(ALIGNED + nbytes))
+            self._ends.append(ALIGNED)
+        block, start = self._taken[-1], self._ends[-1]
+        self._ends[-1] += -(-nbytes // ALIGNED) * ALIGNED
+        return block[start : start + nbytes].view(dtype).view(shape)
 
-    def take(self, nbytes: int) -> Tensor:
-        """A block of at least so many bytes, the first `ALIGNED` of which are not the taker's; in use until `free`."""
-        fitting = [block for block in self._blocks if not block[0] and len(block) >= nbytes]
-        if fitting:
-            found = min(fitting, key=len)
-        else:
+    def share(self, x: Tensor) -> Tensor:
+        """The tensor, or its copy in shared memory if it was not made here."""
+        if _memory(x) in map(_memory, self._taken):
+            return x
+        return self.empty(*x.shape, dtype=x.dtype).copy_(x)
+
+    def hand_over(self) -> list[Tensor]:
+        """The used part of the blocks of this batch, whose taker gives them back by `free`; the next batch begins."""
+        self._largest = max(self._largest, sum(self._ends))
+        handed = [block[:end] for block, end in zip(self._taken, self._ends[1:], strict=True)]
+        self._taken, self._ends = [], [0]
+        return handed
+
+    def _free_block(self, nbytes: int) -> Tensor:
+        nbytes = max(nbytes, self._largest + self._largest // 4, SMALLEST)
+        free_ones = (block for block in self._blocks if not block[0] and len(block) >= nbytes)
+        found = next(free_ones, None)
+        if found is None:
             # What is too small now would be so again: packs of a run have about one size.
             self._blocks = [block for block in self._blocks if block[0]]
-            found = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes + nbytes // 4))
+            found = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes))
             self._blocks.append(found)
         found[0] = 1
-        self.taken.append(found)
         return found
 
 
@@ -92,25 +111,18 @@ def free(block: Tensor) -> None:
 
 def wrap(packs: Sequence[PackedBatch], blocks: Blocks) -> tuple[list[PackedBatch], list[Tensor]]:
     """Packs with places instead of tensors, and the blocks that hold these."""
-    made = {block.untyped_storage().data_ptr(): i for i, block in enumerate(blocks.taken)}
-    copied: list[tuple[Place, Tensor]] = []
-    end = ALIGNED
+    packs = [map_tensors(pack, blocks.share) for pack in packs]
+    handed = blocks.hand_over()
+    numbers = {_memory(block): i for i, block in enumerate(handed)}
 
     def place(x: Tensor) -> Place:
-        nonlocal end
-        block = made.get(x.untyped_storage().data_ptr())
-        if block is not None:
-            return Place(block, int(x.storage_offset()) * x.itemsize, x.shape, x.dtype)
-        copied.append((Place(len(made), end, x.shape, x.dtype), x))
-        end += -(-x.nbytes // ALIGNED) * ALIGNED
-        return copied[-1][0]
+        return Place(numbers[_memory(x)], int(x.storage_offset()) * x.itemsize, x.shape, x.dtype)
 
-    places = [map_tensors(pack, place) for pack in packs]
-    blocks.take(end)
-    taken, blocks.taken = blocks.taken, []
-    for where, x in copied:
-        where.of(taken).copy_(x)
-    return places, taken
+    return [map_tensors(pack, place) for pack in packs], handed
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def unwrap(packs: Sequence[PackedBatch], blocks: Sequence[Tensor]) -> list[PackedBatch]:

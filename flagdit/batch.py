@@ -16,7 +16,7 @@ modality; inside one modality they follow the order of the segments.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -123,9 +123,11 @@ class PackedText:
     seqlens: tuple[int, ...]
 
     @classmethod
-    def pack(cls, features: Sequence[Tensor]) -> PackedText:
-        """Packs one (L, Y) tensor per sample."""
-        return cls(torch.cat(list(features)), tuple(len(f) for f in features))
+    def pack(cls, features: Sequence[Tensor], empty: Callable[..., Tensor] | None = None) -> PackedText:
+        """Packs one (L, Y) tensor per sample; `empty` makes the tensor that holds them, as `torch.empty` does."""
+        seqlens = tuple(len(f) for f in features)
+        out = empty and empty(sum(seqlens), features[0].shape[1], dtype=features[0].dtype)
+        return cls(torch.cat(list(features), out=out), seqlens)
 
     def unpack(self) -> tuple[Tensor, ...]:
         return self.features_MY.split(list(self.seqlens))

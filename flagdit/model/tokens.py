@@ -14,7 +14,7 @@ them. Everything here is a pure function of shapes, exact for every shape, and i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -29,8 +29,11 @@ from flagdit.errors import DataError
 from flagdit.model.modality import MODALITIES, Modality
 
 Shape = tuple[int, int, int, int]
+Empty = Callable[..., Tensor]
+"""Makes a tensor as `torch.empty` does; a loader process has it made in shared memory."""
 
 ROWS_AT_ONCE = 1 << 16  # of an index of millions: what is worked on stays in the cache
+ORDERED_AT_ONCE = 1 << 17  # pairs of latent columns, whose order takes as much memory as they
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,13 @@ def grid(shape: Shape, modality: str, patch_size: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Token places inside one sample, counted from its first token."""
+    """Token places inside one sample, counted from its first token; int64."""
 
-    num_tokens: int
-    patch: Tensor
-    nextline: Tensor
-    nextframe: Tensor
-    axes_TA: Tensor
+    raster: np.ndarray
+    axes_TA: np.ndarray
+    patch: np.ndarray
+    nextline: np.ndarray
+    nextframe: np.ndarray
 
 
 @lru_cache(maxsize=4096)
@@ -96,23 +99,20 @@ def _geometry(frames: int, rows: int, columns: int, nextline: bool, nextframe: b
     line = columns + nextline
     frame = rows * line + nextframe
     num_tokens = frames * frame
-    at_F = torch.arange(frames) * frame
-    at_FH = at_F[:, None] + torch.arange(rows) * line
-    at_FHW = at_FH[..., None] + torch.arange(columns)
-    patch = at_FHW.flatten()
-    nextline_index = (at_FH + columns).flatten() if nextline else torch.empty(0, dtype=torch.long)
-    nextframe_index = at_F + rows * line if nextframe else torch.empty(0, dtype=torch.long)
+    at_F = np.arange(frames) * frame
+    at_FH = at_F[:, None] + np.arange(rows) * line
+    patch = (at_FH[..., None] + np.arange(columns)).reshape(-1)
+    nextline_index = (at_FH + columns).reshape(-1) if nextline else np.empty(0, np.int64)
+    nextframe_index = at_F + rows * line if nextframe else np.empty(0, np.int64)
     # A [nextline] stands one column past its row, a [nextframe] one row and column past its frame: no two tokens of
     # a sample share a position.
-    axes_TA = torch.empty(num_tokens, 3, dtype=torch.long)
-    axes_TA[patch] = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns))
+    axes_TA = np.empty((num_tokens, 3), np.int64)
+    axes_TA[patch] = np.indices((frames, rows, columns)).reshape(3, -1).T
     if nextline:
-        ends = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.tensor([columns]))
-        axes_TA[nextline_index] = ends
+        axes_TA[nextline_index] = np.indices((frames, rows, 1)).reshape(3, -1).T + np.array([0, 0, columns])
     if nextframe:
-        axes_TA[nextframe_index] = torch.tensor([0, rows, columns]).repeat(frames, 1)
-        axes_TA[nextframe_index, 0] = torch.arange(frames)
-    return _Geometry(num_tokens, patch, nextline_index, nextframe_index, axes_TA)
+        axes_TA[nextframe_index] = np.indices((frames, 1, 1)).reshape(3, -1).T + np.array([0, rows, columns])
+    return _Geometry(np.arange(num_tokens), axes_TA, patch, nextline_index, nextframe_index)
 
 
 def _geometry_of(shape: Shape, modality: str, spec: TokenSpec) -> _Geometry:
@@ -143,8 +143,11 @@ def num_tokens_of_all(shapes_N4: np.ndarray, modality: str, spec: TokenSpec) -> 
     return found
 
 
-def build_layout(segments: Sequence[Segment], spec: TokenSpec) -> PackLayout:
+def build_layout(segments: Sequence[Segment], spec: TokenSpec, empty: Empty = torch.empty) -> PackLayout:
     """Places of all tokens of a pack, on the CPU.
+
+    Args:
+        empty: makes its tensors, as `torch.empty` does.
 
     Raises:
         DataError: no segments, an unknown modality, or a size that is not a multiple of the patch.
@@ -152,33 +155,49 @@ def build_layout(segments: Sequence[Segment], spec: TokenSpec) -> PackLayout:
     if not segments:
         raise DataError("a pack needs at least one sample")
     parts = [_geometry_of(s.shape, s.modality, spec) for s in segments]
-    seqlens = tuple(part.num_tokens for part in parts)
+    seqlens = tuple(len(part.raster) for part in parts)
     offsets = list(accumulate(seqlens, initial=0))
-    starts = offsets[:-1]
+    everyone = range(len(parts))
+
+    def joined(places: Sequence[np.ndarray], shifts: Sequence[int] | None = None) -> Tensor:
+        """Places of samples, one after the other, each shifted to where it begins in the pack."""
+        whole = empty(sum(map(len, places)), *places[0].shape[1:], dtype=torch.int64, device="cpu")
+        for own, to, shift in zip(places, _slices(whole, places), shifts or [0] * len(places), strict=True):
+            np.add(own, shift, out=to)
+        return whole
+
+    def owners(own: Sequence[int], places: Sequence[np.ndarray]) -> Tensor:
+        """The number of each sample, as often as it has places."""
+        whole = empty(sum(map(len, places)), dtype=torch.int64, device="cpu")
+        for i, to in zip(own, _slices(whole, places), strict=True):
+            to[:] = i
+        return whole
+
+    rasters = [part.raster for part in parts]
     patch_index, patch_segment = {}, {}
     for modality in dict.fromkeys(s.modality for s in segments):
-        own = [i for i, s in enumerate(segments) if s.modality == modality]
+        own = [i for i in everyone if segments[i].modality == modality]
         patches = [parts[i].patch for i in own]
-        patch_index[modality] = torch.cat(patches) + _repeated([starts[i] for i in own], patches)
-        patch_segment[modality] = _repeated(own, patches)
-    lines, frames = [part.nextline for part in parts], [part.nextframe for part in parts]
-    axes = [part.axes_TA for part in parts]
+        patch_index[modality] = joined(patches, [offsets[i] for i in own])
+        patch_segment[modality] = owners(own, patches)
     return PackLayout(
-        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
-        segment_ids=_repeated(range(len(parts)), axes),
-        raster_T=torch.arange(offsets[-1]) - _repeated(starts, axes),
-        axes_TA=torch.cat(axes),
+        cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device="cpu"),
+        segment_ids=owners(everyone, rasters),
+        raster_T=joined(rasters),
+        axes_TA=joined([part.axes_TA for part in parts]),
         patch_index=patch_index,
         patch_segment=patch_segment,
-        nextline_index=torch.cat(lines) + _repeated(starts, lines),
-        nextframe_index=torch.cat(frames) + _repeated(starts, frames),
+        nextline_index=joined([part.nextline for part in parts], offsets[:-1]),
+        nextframe_index=joined([part.nextframe for part in parts], offsets[:-1]),
         seqlens=seqlens,
     )
 
 
-def _repeated(values: Sequence[int], parts: Sequence[Tensor]) -> Tensor:
-    """Each value as many times as its part is long: (Σ len(part),) int64."""
-    return torch.from_numpy(np.repeat(np.array(values, np.int64), [len(part) for part in parts]))
+def _slices(whole: Tensor, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """The memory of a tensor, cut into as many rows as the parts have."""
+    rows, start = whole.numpy(), 0
+    for part in parts:
+        yield rows[start : (start := start + len(part))]
 
 
 def patchify(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -193,9 +212,7 @@ def patchify(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return latent_CFHW.reshape(c, f, pf, h, ph, w, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(f * h * w, c * pf * ph * pw)
 
 
-def patchify_all(
-    latents: Sequence[Tensor], patch: tuple[int, int, int], empty: Callable[..., Tensor] = torch.empty
-) -> Tensor:
+def patchify_all(latents: Sequence[Tensor], patch: tuple[int, int, int], empty: Empty = torch.empty) -> Tensor:
     """`patchify` of several latents of equally many channels, one below the other.
 
     Args:
@@ -204,19 +221,38 @@ def patchify_all(
     Raises:
         DataError: a size is not a multiple of the patch.
     """
-    pf, ph, pw = patch
-    if pw % 2 or any(x.dtype != torch.float32 or x.requires_grad for x in latents):
+    quick = all(x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad for x in latents)
+    if patch[2] % 2 or not quick:
         return torch.cat([patchify(x, patch) for x in latents])
-    grids = [_patches_along(x, patch) for x in latents]
-    counts = [math.prod(grid) for grid in grids]
-    channels = latents[0].shape[0]
-    patches_NP = empty(sum(counts), channels * pf * ph * pw, device=latents[0].device)
-    # Two columns travel as one number of eight bytes, which takes a quarter of the time.
-    parts = patches_NP.view(torch.int64).split(counts)
-    for part, latent, (f, h, w) in zip(parts, latents, grids, strict=True):
-        pairs = latent.contiguous().view(torch.int64).view(channels, f, pf, h, ph, w, pw // 2)
-        part.view(f, h, w, channels, pf, ph, pw // 2).copy_(pairs.permute(1, 3, 5, 0, 2, 4, 6))
+    counts = [math.prod(_patches_along(x, patch)) for x in latents]
+    patches_NP = empty(sum(counts), latents[0].shape[0] * math.prod(patch), dtype=torch.float32, device="cpu")
+    parts = np.split(patches_NP.numpy().view(np.int64), list(accumulate(counts))[:-1])
+    for part, latent in zip(parts, latents, strict=True):
+        pairs = latent.contiguous().numpy().view(np.int64)
+        if pairs.size > ORDERED_AT_ONCE:
+            part[:] = _cut(pairs, patch)
+        else:
+            np.take(pairs.reshape(-1), _pair_order(pairs.shape, patch), out=part.reshape(-1), mode="clip")
     return patches_NP
+
+
+@lru_cache(maxsize=64)
+def _pair_order(shape: tuple[int, ...], patch: tuple[int, int, int]) -> np.ndarray:
+    """Places in a latent of the pairs of its patches, one patch after the other.
+
+    Two columns travel as one number of eight bytes, which by such a list takes a sixth of the time of single ones.
+    """
+    return _cut(np.arange(math.prod(shape)).reshape(shape), patch).reshape(-1)
+
+
+def _cut(pairs_CFHW: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
+    """`patchify` of pairs of columns."""
+    c, *sizes = pairs_CFHW.shape
+    pf, ph, pw = patch[0], patch[1], patch[2] // 2
+    f, h, w = (size // step for size, step in zip(sizes, (pf, ph, pw), strict=True))
+    return (
+        pairs_CFHW.reshape(c, f, pf, h, ph, w, pw).transpose(1, 3, 5, 0, 2, 4, 6).reshape(f * h * w, c * pf * ph * pw)
+    )
 
 
 def _patches_along(latent_CFHW: Tensor, patch: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -247,7 +283,7 @@ def pack(
     *,
     text: PackedText | None = None,
     labels: Sequence[int] | Tensor | None = None,
-    empty: Callable[..., Tensor] = torch.empty,
+    empty: Empty = torch.empty,
 ) -> PackedBatch:
     """Samples to one pack.
 
@@ -257,7 +293,7 @@ def pack(
         spec: how the model cuts latents.
         text: packed captions, one entry per sample.
         labels: class ids, one per sample.
-        empty: makes the tensors of patches, as `torch.empty` does.
+        empty: makes the tensors of layout and patches, as `torch.empty` does.
 
     Raises:
         DataError: counts or shapes disagree, or a size is not a multiple of the patch.
@@ -267,7 +303,7 @@ def pack(
     for name, values in given.items():
         if values is not None and len(values) != count:
             raise DataError(f"{len(values)} {name} for {count} samples")
-    layout = build_layout(segments, spec)
+    layout = build_layout(segments, spec, empty)
     grouped: dict[str, list[Tensor]] = {}
     for segment, latent in zip(segments, latents or (), strict=False):
         if tuple(latent.shape) != tuple(segment.shape):

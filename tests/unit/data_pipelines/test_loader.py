@@ -278,25 +278,32 @@ def test_packs_travel_in_one_block_and_come_out_the_same(recipe, with_block, mon
             assert batch.labels_S is None or torch.equal(again.labels_S, batch.labels_S)
 
 
-def test_blocks_are_used_again_when_their_last_tensor_is_gone(recipe, with_block):
+def test_a_block_is_used_again_when_its_last_tensor_is_gone(recipe, with_block):
     blocks = parcel.Blocks()
     (pack,) = take(with_block(recipe, "model", num_classes=10, text_dim=0), 1)[0]
 
     def send() -> packs_module.Loaded:
         patches = blocks.empty(*pack.patches["image"].shape).copy_(pack.patches["image"])
-        return packs_module.Loaded([replace(pack, patches={"image": patches})], []).wrapped(blocks)
+        sent = packs_module.Loaded([replace(pack, patches={"image": patches})], []).wrapped(blocks)
+        assert sent.packs[0].patches["image"].start == parcel.ALIGNED, "patches are where they were made"
+        return sent
+
+    def memory(sent: packs_module.Loaded) -> int:
+        (block,) = sent.blocks
+        return block.data_ptr()
 
     first = send()
-    used = {block.data_ptr() for block in first.blocks}
-    assert len(used) == 2 and first.packs[0].patches["image"].block == 0, "patches are where they were made"
-    assert used.isdisjoint(block.data_ptr() for block in send().blocks), "in use, on its way"
+    used = memory(first)
+    second = send()
+    assert memory(second) != used, "in use, on its way"
     arrived = first.unwrapped().packs[0]
     row = arrived.patches["image"][1:2].T
     del first, arrived
-    (again,) = used & {block.data_ptr() for block in send().blocks}  # not the one with the row
+    third = send()
+    assert memory(third) not in (used, memory(second)), "in use, for one row"
     assert torch.equal(row, pack.patches["image"][1:2].T)
     del row
-    assert used - {again} <= {block.data_ptr() for block in send().blocks}
+    assert memory(send()) == used
 
 
 def test_a_forked_process_gives_no_block_back(recipe, with_block):
@@ -313,16 +320,29 @@ def test_a_forked_process_gives_no_block_back(recipe, with_block):
     assert block[0] == 0
 
 
-def test_blocks_that_are_too_small_are_given_up():
-    blocks = parcel.Blocks()
-    small, used = blocks.take(1000), blocks.take(1000)
+def test_blocks_grow_with_the_batches():
+    blocks, many = parcel.Blocks(), parcel.SMALLEST // 4
+
+    def made(*counts: int) -> list[torch.Tensor]:
+        tensors = [blocks.empty(n).fill_(i) for i, n in enumerate(counts)]
+        assert all(x.eq(i).all() for i, x in enumerate(tensors)), "none over another"
+        return blocks.hand_over()
+
+    (small,) = made(10, 20)
+    assert small.nbytes == parcel.ALIGNED * (1 + 1 + 2), "what is used of it"
     parcel.free(small)
-    large = blocks.take(5000)
-    assert len(large) >= 5000
-    parcel.free(used)
-    parcel.free(large)
-    assert blocks.take(100) is used, "the smallest that fits"
-    assert blocks.take(100) is large
+    (again,) = made(30)
+    assert again.data_ptr() == small.data_ptr()
+    parcel.free(again)
+    sent = made(10, 3 * many, 2 * many)
+    assert len(sent) == 3, "larger than any before"
+    for block in sent:
+        parcel.free(block)
+    (whole,) = made(10, 3 * many, 2 * many)
+    assert whole.data_ptr() not in [block.data_ptr() for block in sent]
+    parcel.free(whole)
+    (last,) = made(10)
+    assert last.data_ptr() == whole.data_ptr(), "the small ones are given up"
 
 
 def test_batches_that_are_kept_stay_as_they_are(recipe, with_block):

@@ -6,6 +6,7 @@ import torch
 from flagdit.batch import PackedText, Segment, concat
 from flagdit.config.schema import ModelConfig
 from flagdit.errors import DataError
+from flagdit.model import tokens
 from flagdit.model.modality import MODALITIES
 from flagdit.model.tokens import TokenSpec, build_layout, num_tokens, pack, patchify, patchify_all, unpack, unpatchify
 
@@ -43,7 +44,9 @@ def test_patch_features_are_channel_first_and_patches_in_raster_order():
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 4), (1, 2, 1), (2, 2, 2)])
-def test_many_latents_are_cut_as_each_alone(patch):
+@pytest.mark.parametrize("ordered", [1 << 17, 0])
+def test_many_latents_are_cut_as_each_alone(patch, ordered, monkeypatch):
+    monkeypatch.setattr(tokens, "ORDERED_AT_ONCE", ordered)
     latents = [torch.randn(3, 2, 4, w) for w in (8, 4, 12)] + [torch.randn(2, 4, 8, 3).permute(3, 0, 1, 2)]
     alone = torch.cat([patchify(x, patch) for x in latents])
     assert torch.equal(patchify_all(latents, patch), alone)
