@@ -21,6 +21,7 @@ from flagdit.generate.compose import Region
 from flagdit.generate.draw import Way, draw
 from flagdit.generate.edit import edit
 from flagdit.generate.images import grid, to_image
+from flagdit.generate.inputs import between
 from flagdit.generate.pipeline import Pipeline, load_pipeline
 from flagdit.generate.sample import settings_of
 
@@ -123,6 +124,9 @@ def clips(p: Pipeline, cfg: SampleConfig, frames: int) -> Sheet:
     add([one, two], 3 * frames, windows, "two scenes")
     add([one], 2 * frames, replace(windows, loop=True), "a loop")
     add([two], frames, replace(windows, first_frame=plain[:, :1]), "from a given first frame, another prompt")
+    middle = between(plain, "video", p.recipe.audio.sample_rate, 0.25, 0.75)
+    edited = edit(p, [plain], [two], replace(cfg, frames=frames), strength=1.0, masks=[middle])
+    sheet.add([edited[0][:, ::2]], "frames 3 to 6 drawn anew, another prompt")
     return sheet
 
 
