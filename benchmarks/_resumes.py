@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import tempfile
@@ -110,7 +111,7 @@ def in_ranks(of_rank: Callable[..., tuple[Batches, Any]], layout: Layout, *argum
     for process in ranks:
         process.start()
     try:
-        found = dict(results.get(timeout=PATIENCE) for _ in ranks)
+        found = dict(pickle.loads(results.get(timeout=PATIENCE)) for _ in ranks)
     except queue.Empty:
         raise Refused(f"no answer in {PATIENCE:g} s") from None
     finally:
@@ -127,9 +128,10 @@ def _rank(of_rank: Callable, rank: int, layout: Layout, arguments: tuple, result
     torch.set_num_threads(1)
     try:
         with redirect_stdout(io.StringIO()):
-            results.put((rank, of_rank(rank, layout, *arguments)))
+            answer = of_rank(rank, layout, *arguments)
     except Exception as error:  # whatever it says is its answer
-        results.put((rank, f"{type(error).__name__}: {error or 'of its own state'}"))
+        answer = f"{type(error).__name__}: {error or 'of its own state'}"
+    results.put(pickle.dumps((rank, answer)))  # the queue would leave a state's tensors with this process, which ends
 
 
 def streaming_run(root: Path, layout: Layout, state: Any, batch: int, steps: int) -> tuple[Batches, Any]:
