@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def inception(weights: Path) -> Features:
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
         raise RecipeError(
             f"FID needs torch-fidelity: {error}",
             where="--fid",
@@ -64,10 +65,11 @@ def inception(weights: Path) -> Features:
     if not weights.is_file():
         raise RecipeError("there is no such file", where=f"--fid {weights}", fix="Give the weights that FID uses.")
     try:
+        torch.load(weights, map_location="meta", weights_only=True)  # torch-fidelity unpickles whatever is in the file
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
         ).eval()
-    except (RuntimeError, OSError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"no weights of torch-fidelity's Inception: {error}", where=f"--fid {weights}") from error
     return _batched(lambda x: network(((x + 1) * 127.5).round().to(torch.uint8))[0], None)
 

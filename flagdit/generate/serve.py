@@ -14,6 +14,7 @@ import json
 import queue
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -133,7 +134,8 @@ def answers(pipeline: Pipeline, asked: dict[str, Any], busy: threading.Lock) -> 
                 told.put({"sample": drawn})
             except FlagDiTError as error:
                 told.put({"error": str(error)})
-            except Exception as error:  # the page shows it; the server lives on
+            except Exception as error:  # a fault of the program: told here and there, and the server lives on
+                traceback.print_exc()
                 told.put({"error": f"{type(error).__name__}: {error}"})
 
     threading.Thread(target=work, daemon=True).start()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sample_on_ranks
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from flagdit.checkpoint import store
 from flagdit.config.load import load_recipe, save_recipe
+from flagdit.generate.edit import edit_file
 from flagdit.generate.many import sample_many
 from flagdit.generate.pipeline import load_pipeline
 from flagdit.model.flag_dit import FlagDiT
@@ -57,11 +59,12 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     """A run, and the folder in which four ranks left their samples of it."""
     folder = tmp_path_factory.mktemp("small")
     run = save_run(folder, SMALL)
-    on_ranks(run, folder, "tensor=2,context=2", "tensor=1,context=4", "tensor=2,context=1", "many")
+    Image.linear_gradient("L").resize((8, 8)).convert("RGB").save(folder / "given.png")
+    on_ranks(run, folder, "tensor=2,context=2", "tensor=1,context=4", "tensor=2,context=1", "many", "edit")
     return run, folder
 
 
-@pytest.mark.parametrize("mesh", ["2_2", "1_4"])
+@pytest.mark.parametrize("mesh", ["2_2", "1_4", "2_1"])
 def test_four_ranks_draw_what_one_process_draws(small, mesh):
     run, folder = small
     alone = sample_on_ranks.pictures(load_pipeline(run))
@@ -70,6 +73,13 @@ def test_four_ranks_draw_what_one_process_draws(small, mesh):
     for a, b in zip(together, alone, strict=True):
         assert b.std() > 0.05
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
+
+
+def test_four_ranks_edit_a_file_together(small, tmp_path):
+    run, folder = small
+    (alone,) = edit_file(run, folder / "given.png", "2", tmp_path / "alone.png")
+    given, a, b = (np.asarray(Image.open(f)).astype(int) for f in (folder / "given.png", alone, folder / "edited.png"))
+    assert abs(a - b).max() <= 1 and abs(a - given).mean() > 5
 
 
 def test_prompts_are_shared_out_without_repetition(small, tmp_path):

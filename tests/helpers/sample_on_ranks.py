@@ -2,6 +2,7 @@
 
 sample_on_ranks.py RUN OUT tensor=2,context=2 tensor=1,context=4 …    files OUT/TENSOR_CONTEXT.pt
 sample_on_ranks.py RUN OUT many                                       files OUT/many/*.png
+sample_on_ranks.py RUN OUT edit                                       file OUT/edited.png, of OUT/given.png
 """
 
 import sys
@@ -13,11 +14,11 @@ import torch.distributed as dist
 
 from flagdit.checkpoint.weights import load_run_recipe
 from flagdit.generate.compose import panorama
+from flagdit.generate.edit import edit, edit_file
 from flagdit.generate.inference import shared
 from flagdit.generate.many import sample_many
 from flagdit.generate.mesh import sampling_mesh
 from flagdit.generate.pipeline import Pipeline, load_pipeline
-from flagdit.generate.solve import Start
 
 
 def pictures(pipeline: Pipeline) -> list[torch.Tensor]:
@@ -32,8 +33,8 @@ def pictures(pipeline: Pipeline) -> list[torch.Tensor]:
     drawn = pipeline.generate([0, 1, 2], cfg, sizes=[(8, 8), (12, 8), (4, 6)])
     drawn += pipeline.generate([3, 1], scaled, sizes=[(16, 8), (8, 8)])
     drawn += pipeline.generate([0, 3], cfg, inference=shared(pipeline.inference(scaled), 2, until=0.6))
-    half = Start([drawn[0]], strength=0.5, keep=[torch.arange(8).view(1, 1, 1, 8) < 3])
-    drawn += pipeline.generate([2], cfg, start=half)
+    right = torch.arange(8).expand(1, 8, 8) >= 3
+    drawn += edit(pipeline, [drawn[0]], [2], cfg, strength=0.5, masks=[right])
     drawn.append(panorama(pipeline, [0, 1], cfg, size=(20, 8), window=(8, 8), wrap=True))
     return drawn
 
@@ -46,6 +47,10 @@ def main() -> None:
         if task == "many":
             with sampling_mesh(recipe, tensor=1, context=1) as mesh:
                 sample_many(Path(run), ["0", "1", "2", "3", "0"], Path(out) / "many", repeat=2, mesh=mesh)
+            continue
+        if task == "edit":
+            with sampling_mesh(recipe, tensor=2, context=2) as mesh:
+                edit_file(Path(run), Path(out) / "given.png", "2", Path(out) / "edited.png", mesh=mesh)
             continue
         sizes = dict(part.split("=") for part in task.split(","))
         tensor, context = int(sizes["tensor"]), int(sizes["context"])

@@ -38,30 +38,63 @@ def test_lite0_tells_pictures_apart():
     torch.testing.assert_close(found[1], frames.mean(0), rtol=1e-3, atol=1e-4)
 
 
-def test_inception_is_torch_fidelitys_with_a_local_file(tmp_path, monkeypatch):
-    class FeatureExtractorInceptionV3(torch.nn.Module):
-        """Stands in for the package's class, with its signature."""
+class FeatureExtractorInceptionV3(torch.nn.Module):
+    """Stands in for torch-fidelity's class, with its signature, and loads a file as it does: whatever is in it."""
 
-        def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
-            super().__init__()
-            assert (name, features_list) == ("inception-v3-compat", ["2048"])
-            self.scale = float(Path(feature_extractor_weights_path).read_text())
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
+        super().__init__()
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
 
-        def forward(self, x):
-            assert x.dtype == torch.uint8 and x.shape[1] == 3
-            return (x.float().mean((2, 3)) * self.scale,)
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return (x.float().mean((2, 3)) * self.scale,)
 
+
+@pytest.fixture
+def torch_fidelity(monkeypatch):
     module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
     monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
-    (tmp_path / "weights").write_text("2.0")
+
+
+def test_inception_is_torch_fidelitys_with_a_local_file(torch_fidelity, tmp_path):
+    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "weights")
     found = inception(tmp_path / "weights")([torch.ones(3, 1, 8, 8), -torch.ones(3, 2, 4, 6)])
     assert found.tolist() == [[510.0] * 3, [0.0] * 3]
     with pytest.raises(RecipeError, match="no such file"):
         inception(tmp_path / "nowhere")
+
+
+def test_other_files_than_weights_are_refused_and_not_run(torch_fidelity, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"scale": Hostile()}, tmp_path / "hostile")
+    torch.save({"other": torch.zeros(2)}, tmp_path / "other")
+    (tmp_path / "text").write_text("no weights")
+    (tmp_path / "empty").touch()
+    for name in ("hostile", "other", "text", "empty"):
+        with pytest.raises(RecipeError, match=f"--fid .*{name}: no weights of torch-fidelity's Inception"):
+            inception(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_or_broken_torch_fidelity_is_told(torch_fidelity, tmp_path, monkeypatch):
+    told = r"pip install torch-fidelity`.* torchvision build of this torch.* a local file of its weights"
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(RecipeError, match=r"pip install torch-fidelity`.* a local file of its weights"):
+    with pytest.raises(RecipeError, match=told):
+        inception(tmp_path / "weights")
+
+    class Broken(ModuleType):
+        def __getattr__(self, name):  # as importing torchvision does beside another torch
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", Broken("broken"))
+    with pytest.raises(RecipeError, match=told):
         inception(tmp_path / "weights")
 
 

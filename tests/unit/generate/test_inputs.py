@@ -103,7 +103,7 @@ def test_seconds_choose_frames_and_samples():
         inputs.between(ramp(1), "image", RATE, 0, 1)
 
 
-def test_the_ending_says_what_a_file_is(pipeline_of, tmp_path):
+def test_the_ending_says_what_a_file_is(tmp_path):
     assert inputs.modality_for(tmp_path / "a.PNG", ["video", "image"]) == "image"
     assert inputs.modality_for(tmp_path / "a.png", ["video", "multiview"]) == "multiview"
     assert inputs.modality_for(tmp_path / "a.mp4", ["multiview", "image"]) == "multiview"

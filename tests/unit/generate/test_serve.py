@@ -101,10 +101,11 @@ def test_a_mistake_is_a_line_that_says_what_to_change(client, asked, told):
     assert picture(client, prompt="a dog").size == (8, 8), "the server lives on"
 
 
-def test_a_fault_of_the_program_does_not_end_the_server(client, pipeline, monkeypatch):
+def test_a_fault_of_the_program_is_told_and_does_not_end_the_server(client, monkeypatch, capfd):
     monkeypatch.setattr(serve, "edit", None)
     (last,) = lines(client, prompt="a", picture=uri(Image.new("RGB", (8, 8))))
-    assert last["error"].startswith("TypeError")
+    assert last["error"].startswith("TypeError") and "in _edited" in capfd.readouterr().err
+    assert picture(client, prompt="a dog").size == (8, 8)
 
 
 def test_strangers_get_nothing(client, monkeypatch):
